@@ -1,0 +1,274 @@
+"""The equations of nearest-neighbour heads, as plain differentiable functions.
+
+Every function is batch-first, takes and returns torch tensors, keeps the dtype it is given and holds no state. The
+sources are: NCA, Goldberger et al. 2004 in the batch form of Conv-KNN; nearest-neighbour Gaussian kernels (NNGK),
+Meyer et al. 2017; impostor networks, Lebedev et al. 2018; the influence of a center, equations 10 to 13 of
+Chervontsev's review of the two.
+
+Kernel ratios are computed as a softmax over neighbours: in float32 the literal ratio is 0/0 from a squared distance
+of about 200 sigma squared on.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Metric = Literal["l2", "l1", "cosine"]
+Vote = Literal["uniform", "distance", "gaussian"]
+
+# Stands for minus infinity. A finite number, because the gradient of logsumexp over nothing but -inf is NaN.
+_NEVER = -1e30
+
+
+def neighbor_distances(z: Tensor, neighbors: Tensor, metric: Metric = "l2") -> Tensor:
+    """Distance of each embedding to its own neighbours.
+
+    Args:
+        z: (B, d) embeddings.
+        neighbors: (B, k, d) the neighbours of each.
+        metric: ``"l2"`` Euclidean, ``"l1"`` city block, ``"cosine"`` one minus the cosine of the angle.
+
+    Returns:
+        (B, k) distances. The Euclidean distance has a zero gradient, not NaN, where two points coincide.
+    """
+    if metric == "cosine":
+        return 1 - F.cosine_similarity(z.unsqueeze(1), neighbors, dim=-1)
+    if metric == "l1":
+        return (z.unsqueeze(1) - neighbors).abs().sum(-1)
+    return safe_sqrt(squared_distances(z, neighbors))
+
+
+def squared_distances(z: Tensor, neighbors: Tensor) -> Tensor:
+    """Squared Euclidean distance of each embedding (B, d) to its own neighbours (B, k, d), as (B, k).
+
+    From differences, not from the expanded square: near a center the expansion loses every digit in float32.
+    """
+    return (z.unsqueeze(1) - neighbors).square().sum(-1)
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Square root whose gradient at zero is zero instead of infinite. Elementwise, any shape, x >= 0."""
+    positive = x > 0
+    return torch.where(positive, x, torch.ones_like(x)).sqrt() * positive
+
+
+def kernel_log_weights(
+    sq_distances: Tensor, sigma: Tensor | float, valid: Tensor | None = None, log_w: Tensor | None = None
+) -> Tensor:
+    """Log share of each neighbour in a Gaussian kernel vote.
+
+    ``log( w_i k(z, c_i) / sum_j w_j k(z, c_j) )`` with ``k = exp(-d^2 / (2 sigma^2))``: the weights of equations 7 and
+    9 of the review (NNGK with w, impostor without).
+
+    Args:
+        sq_distances: (B, k) squared distances.
+        sigma: width of the kernel, in units of distance.
+        valid: (B, k) True where a slot holds a neighbour; all by default.
+        log_w: (B, k) logarithm of the per-sample weights; zero by default.
+
+    Returns:
+        (B, k) log weights; their exponentials sum to one over the valid slots, invalid slots are about -1e30.
+    """
+    scores = sq_distances / (-2 * sigma * sigma)
+    if log_w is not None:
+        scores = scores + log_w
+    if valid is None:
+        return scores.log_softmax(-1)
+    return scores.masked_fill(~valid, _NEVER).log_softmax(-1).masked_fill(~valid, _NEVER)
+
+
+def class_log_probs(log_weights: Tensor, values: Tensor, floor: float = 1e-6) -> Tensor:
+    """Log-probabilities of the classes from weighted neighbours: ``log sum_i weight_i values_i``.
+
+    A class that no neighbour has, or whose share is below ``floor``, gets ``floor`` before the result is normalised.
+    The gradient passes as if there were no floor wherever a neighbour has the class: a share of exp(-50) still pulls.
+
+    Args:
+        log_weights: (B, k) from `kernel_log_weights` or the logarithm of any weights that sum to one.
+        values: (B, k, C) label of each neighbour as a distribution over the classes.
+        floor: smallest probability of a class before normalising, in (0, 1).
+
+    Returns:
+        (B, C) log-probabilities whose exponentials sum to one; uniform where no slot is valid.
+    """
+    log_values = values.clamp_min(torch.finfo(values.dtype).tiny).log().masked_fill(values <= 0, _NEVER)
+    log_p = torch.logsumexp(log_weights.unsqueeze(-1) + log_values, dim=1)
+    log_floor = math.log(floor)
+    log_p = torch.where(log_p > _NEVER / 2, log_p, torch.full_like(log_p, log_floor))
+    log_p = log_p + (log_p.clamp_min(log_floor) - log_p).detach()
+    return log_p.log_softmax(-1)
+
+
+def vote_log_weights(distances: Tensor, valid: Tensor, vote: Vote = "uniform", sigma: Tensor | float = 1.0) -> Tensor:
+    """Log weights of a k-nearest-neighbour vote.
+
+    Args:
+        distances: (B, k) distances in the metric of the search.
+        valid: (B, k) True where a slot holds a neighbour.
+        vote: ``"uniform"`` all equal; ``"distance"`` by inverse distance, where a neighbour at distance zero takes
+            the whole vote as in scikit-learn; ``"gaussian"`` by ``exp(-d^2 / (2 sigma^2))``.
+        sigma: width of the Gaussian vote, in units of distance.
+
+    Returns:
+        (B, k) log weights whose exponentials sum to one over the valid slots.
+    """
+    if vote == "gaussian":
+        return kernel_log_weights(distances.square(), sigma, valid)
+    if vote == "distance":
+        # A distance of zero stands for an infinite weight: far beyond any ratio of float distances, yet finite.
+        scores = -distances.clamp_min(torch.finfo(distances.dtype).tiny).log()
+        scores = torch.where(distances > 0, scores, torch.full_like(scores, -_NEVER * 1e-20))
+    else:
+        scores = torch.zeros_like(distances)
+    return scores.masked_fill(~valid, _NEVER).log_softmax(-1).masked_fill(~valid, _NEVER)
+
+
+def vote_log_probs(log_weights: Tensor, values: Tensor, count: Tensor, smoothing: float = 1.0) -> Tensor:
+    """Class log-probabilities of a vote, smoothed so that a class without votes has a finite log-loss.
+
+    ``p_c = (n v_c + smoothing / C) / (n + smoothing)`` with v_c the class's share of the votes and n the number of
+    neighbours: ``smoothing`` extra votes spread evenly over the C classes (a symmetric Dirichlet prior).
+
+    Args:
+        log_weights: (B, k) from `vote_log_weights`.
+        values: (B, k, C) label of each neighbour as a distribution over the classes.
+        count: (B,) number of neighbours found.
+        smoothing: number of extra votes, > 0.
+
+    Returns:
+        (B, C) log-probabilities; uniform where ``count`` is zero.
+    """
+    share = torch.einsum("bk,bkc->bc", log_weights.exp(), values)
+    n = count.to(share.dtype).unsqueeze(-1)
+    return ((n * share + smoothing / values.shape[-1]) / (n + smoothing)).log()
+
+
+def kernel_neuron(kernels: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
+    """Output of the kernel neuron before its activation: ``sum_i alpha_i k(z, c_i) + beta`` (review, equations 4, 6).
+
+    Args:
+        kernels: (B, k) values of the kernel at the centers that count.
+        alpha: (B, k, C) their weights for each class, or (k, C) where all rows share the centers.
+        bias: (C,).
+
+    Returns:
+        (B, C) logits.
+    """
+    if alpha.dim() == 2:
+        return kernels @ alpha + bias
+    return torch.einsum("bk,bkc->bc", kernels, alpha) + bias
+
+
+def auto_sigma(sq_distances: Tensor, ratio: float = 0.05) -> Tensor:
+    """Width at which the farthest neighbour weighs ``ratio`` of the nearest, in the median over the queries.
+
+    Solves ``exp(-(d_k^2 - d_1^2) / (2 sigma^2)) = ratio``. A width set from the distance to the k-th neighbour itself
+    would make all k weigh the same, because distances concentrate in many dimensions.
+
+    Args:
+        sq_distances: (n, k) squared distances, nearest first.
+        ratio: in (0, 1).
+
+    Returns:
+        A scalar, in units of distance; the root of the median squared distance where all k are equally far, and 1
+        where all distances are zero.
+    """
+    spread = (sq_distances[:, -1] - sq_distances[:, 0]).median()
+    if spread <= 0:
+        spread = sq_distances.median()
+    if spread <= 0:
+        return torch.ones_like(spread)
+    return (spread / (2 * math.log(1 / ratio))).sqrt()
+
+
+def nca_loss(
+    z: Tensor,
+    y: Tensor,
+    objective: Literal["expected", "log"] = "expected",
+    distance: Literal["euclidean", "sqeuclidean"] = "euclidean",
+) -> Tensor:
+    """Neighbourhood component analysis on a batch, leave-one-out.
+
+    ``p_ij`` is the softmax over j != i of minus the distance of z_i and z_j, ``p_i = sum_j p_ij b_ij`` with b_ij = 1
+    where the labels are equal. Anchors without a partner of their class in the batch are left out of the mean; with
+    none at all the loss is a zero that still has a gradient (of zero).
+
+    Args:
+        z: (B, d) embeddings.
+        y: (B,) int64 labels, or (B, C) soft labels, for which b_ij is the inner product of the two.
+        objective: ``"expected"`` is the Conv-KNN paper's ``1 - mean p_i``, whose gradient vanishes where p_i is near
+            zero; ``"log"`` is ``-mean log p_i``.
+        distance: ``"euclidean"`` (the paper) or ``"sqeuclidean"`` (Goldberger et al.).
+
+    Returns:
+        A scalar.
+    """
+    if not len(z):
+        return z.sum() * 0
+    d = torch.cdist(z, z)
+    if distance == "sqeuclidean":
+        d = d.square()
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    log_p = (-d).masked_fill(itself, _NEVER).log_softmax(-1)
+    one_hot = F.one_hot(y) if y.dim() == 1 else y
+    same = one_hot.to(z.dtype) @ one_hot.to(z.dtype).T
+    same = same.masked_fill(itself, 0)
+    paired = same.sum(-1) > 0
+    if not bool(paired.any()):
+        return z.sum() * 0
+    log_same = same.clamp_min(torch.finfo(z.dtype).tiny).log().masked_fill(same <= 0, _NEVER)
+    log_p_i = torch.logsumexp(log_p + log_same, dim=-1)[paired]
+    return -log_p_i.mean() if objective == "log" else 1 - log_p_i.exp().mean()
+
+
+def influence(k0: Tensor, total: Tensor, y0: Tensor, prediction: Tensor) -> Tensor:
+    """First-order change of a prediction when a center gains a little weight (review, equation 13).
+
+    ``I_0(z) = k(z, z_0) / S (y_0 - y^(z))``. The y_j of the printed equation is the prediction at z_j, which is what
+    the derivative in equation 12 contains; it is not the label stored there.
+
+    Args:
+        k0: (n,) kernel between each point and the center.
+        total: (n,) S, sum of the kernels at each point over its neighbours, before the change.
+        y0: (C,) label of the center.
+        prediction: (n, C) predictions before the change.
+
+    Returns:
+        (n, C) change of the predictions.
+    """
+    return (k0 / total).unsqueeze(-1) * (y0 - prediction)
+
+
+def influence_of_adding(k0: Tensor, total: Tensor, y0: Tensor, prediction: Tensor) -> Tensor:
+    """Exact change of the predictions when a center enters and no other neighbour leaves: ``k0/(S+k0) (y0 - y^)``.
+
+    Arguments and result as in `influence`.
+    """
+    return (k0 / (total + k0)).unsqueeze(-1) * (y0 - prediction)
+
+
+def influence_of_dropping(k0: Tensor, total: Tensor, y0: Tensor, prediction: Tensor) -> Tensor:
+    """Exact change of the predictions when a center leaves and no other neighbour enters: ``-k0/(S-k0) (y0 - y^)``.
+
+    Arguments and result as in `influence`; ``total`` includes the center. Where the center is all there is, its
+    prediction has nothing to fall back on and the change is returned as zero.
+    """
+    rest = total - k0
+    alone = rest <= torch.finfo(total.dtype).eps * total
+    share = torch.where(alone, torch.zeros_like(k0), k0 / torch.where(alone, torch.ones_like(rest), rest))
+    return -share.unsqueeze(-1) * (y0 - prediction)
+
+
+def project_to_simplex(v: Tensor) -> Tensor:
+    """Nearest point (Euclidean) of the probability simplex to each row of ``v`` (n, C), by sorting."""
+    u, _ = v.sort(dim=-1, descending=True)
+    excess = u.cumsum(-1) - 1
+    positions = torch.arange(1, v.shape[-1] + 1, device=v.device, dtype=v.dtype)
+    support = (u * positions > excess).sum(-1, keepdim=True)
+    threshold = excess.gather(-1, support - 1) / support.to(v.dtype)
+    return (v - threshold).clamp_min(0)

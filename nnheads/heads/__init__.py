@@ -1,0 +1,27 @@
+"""The heads, by name: `build_head`, `list_heads`, `register_head`; one file a head."""
+
+from .base import Head
+from .dense import DenseHead
+from .impostor import ImpostorHead
+from .kernel import KernelHead
+from .knn import KNNHead
+from .memory_head import MemoryHead, Neighbors
+from .nca import NCAHead
+from .nngk import NNGKHead
+from .registry import build_head, head_class, list_heads, register_head
+
+__all__ = [
+    "DenseHead",
+    "Head",
+    "ImpostorHead",
+    "KNNHead",
+    "KernelHead",
+    "MemoryHead",
+    "NCAHead",
+    "NNGKHead",
+    "Neighbors",
+    "build_head",
+    "head_class",
+    "list_heads",
+    "register_head",
+]

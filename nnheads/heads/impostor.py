@@ -1,0 +1,102 @@
+"""Impostor networks, Lebedev, Babenko and Lempitsky 2018."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .base import one_of, positive
+from .kernel_vote import KernelVoteHead
+from .registry import register_head
+
+
+@register_head("impostor")
+class ImpostorHead(KernelVoteHead):
+    """Kernel vote over centers near the embeddings, without per-sample weights (review, equations 8 and 9).
+
+    Centers c_i are
+
+    - ``"loose"``: trained too, and held near their samples by ``lambda * mean ||f(x_i) - c_i||^2`` over the
+      batch, which `loss` adds; a criterion on the output alone trains them without that tie;
+    - ``"tied"``: c_i = f(x_i), followed as samples pass by in training and at each refresh;
+    - ``"fixed"``: c_i = f_0(x_i), where they were when they were stored.
+
+    Args:
+        in_features: width d of the embeddings.
+        num_classes: number of classes C.
+        k: number of neighbours.
+        sigma: width: a number, ``"auto"`` (chosen at each refresh) or ``"learned"``.
+        centers: ``"loose"``, ``"tied"`` or ``"fixed"``.
+        tie: lambda of the tie, in units of one over squared distance.
+        center_lr: step size of loose centers; ``center_lr * tie = 0.5`` moves a center onto its sample at each visit.
+        floor: smallest probability of a class.
+        normalize: scale embeddings to unit length.
+        engine: see `nnheads.index.build_index`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        k: int = 32,
+        sigma: float | Literal["auto", "learned"] = "auto",
+        centers: Literal["loose", "tied", "fixed"] = "loose",
+        tie: float = 1.0,
+        center_lr: float = 0.4,
+        floor: float = 1e-6,
+        normalize: bool = False,
+        engine: Literal["auto", "torch", "faiss"] = "auto",
+    ) -> None:
+        super().__init__(in_features, num_classes, k=k, sigma=sigma, floor=floor, normalize=normalize, engine=engine)
+        one_of("impostor", "centers", centers, ("loose", "tied", "fixed"))
+        positive("impostor", "tie", tie, zero=True)
+        positive("impostor", "center_lr", center_lr, zero=True)
+        self.centers = centers
+        self.tie = tie
+        self.center_lr = center_lr
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "k": self.k,
+            "sigma": self.width.sigma,
+            "centers": self.centers,
+            "tie": self.tie,
+            "center_lr": self.center_lr,
+            "floor": self.floor,
+            "normalize": self.normalize,
+            "engine": self.engine,
+        }
+
+    def loss(self, z: Tensor, y: Tensor, *, ids: Tensor | None = None) -> Tensor:
+        """Cross-entropy of the vote, plus the tie of equation 8 for loose centers; arguments as in `Head.loss`.
+
+        The tie is the mean over the samples of the batch that have a center, so lambda does not depend on how many
+        centers there are.
+        """
+        loss = super().loss(z, y, ids=ids)
+        if self.centers != "loose" or ids is None or ids.dim() != 1 or not self.tie:
+            return loss
+        with torch.autocast(z.device.type, enabled=False):
+            z = self._embed(self._check(z).to(self.memory.keys.dtype))
+            own = self.memory.rows_of(ids)
+            z, own = z[own >= 0], own[own >= 0]
+            if not len(own):
+                return loss
+            centers = self._trained_rows(self.memory.keys, own, self.center_lr)
+            return loss + self.tie * (z - centers).square().sum(-1).mean()
+
+    def _centers(self, rows: Tensor) -> Tensor:
+        if self.centers == "loose":
+            return self._trained_rows(self.memory.keys, rows, self.center_lr)
+        return super()._centers(rows)
+
+    def _after_step(self, z: Tensor, own: Tensor) -> None:
+        if self.centers == "tied":
+            self.memory.write(own, z)
+
+    def _move(self, rows: Tensor, keys: Tensor) -> None:
+        if self.centers == "tied":
+            super()._move(rows, keys)

@@ -1,0 +1,117 @@
+"""What the heads that vote with Gaussian kernels share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..functional import class_log_probs, kernel_log_weights, squared_distances
+from .memory_head import MemoryHead, Width
+
+
+class KernelVoteHead(MemoryHead):
+    """``y(z) = sum_i w_i y_i k(z, c_i) / sum_i w_i k(z, c_i)`` over the k nearest centers. Abstract.
+
+    ``k(z, c) = exp(-||z - c||^2 / (2 sigma^2))``.
+
+    In training, a sample's own center is left out (by its id). What is trained beside the backbone, centers or
+    per-sample weights, has one row a sample: far too many for a dense optimizer step, and sparse gradients are refused
+    by Adam and by weight decay. Such rows are therefore no parameters: the rows that a batch touched take a plain SGD
+    step while its backward pass runs.
+
+    Args:
+        in_features: width d of the embeddings.
+        num_classes: number of classes C.
+        sigma: width: a number, ``"auto"`` or ``"learned"``, see `Width`.
+        floor: smallest probability of a class, see `nnheads.functional.class_log_probs`.
+        k, normalize, engine, columns: see `MemoryHead`.
+    """
+
+    differentiable = True
+    trains_with = "output"
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        k: int,
+        sigma: float | Literal["auto", "learned"],
+        floor: float,
+        normalize: bool,
+        engine: Literal["auto", "torch", "faiss"],
+        columns: dict[str, int | Literal["classes"]] | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, k=k, normalize=normalize, engine=engine, columns=columns)
+        if not 0 < floor < 1 / max(2, num_classes):
+            raise ConfigError(
+                f"head {self.name!r}: floor must be above 0 and below 1/{max(2, num_classes)}, got {floor!r}"
+            )
+        self.floor = floor
+        self.width = Width(self.name, sigma)
+
+    @torch.no_grad()
+    def refreshed(self) -> None:
+        """Choose the width from the samples stored."""
+        super().refreshed()
+        self.width.choose(self._stored_distances(), len(self.memory))
+
+    def _centers(self, rows: Tensor) -> Tensor:
+        """(B, k, d) centers at rows (B, k)."""
+        return self.memory.keys[rows.clamp_min(0)]
+
+    def _log_w(self, rows: Tensor) -> Tensor | None:
+        """(B, k) logarithm of the per-sample weights, None where there are none."""
+        return None
+
+    def log_weights_of_rows(self, rows: Tensor) -> Tensor | None:
+        """(n,) logarithm of the per-sample weights of rows (n,) of the memory, None where the head has none."""
+        log_w = self._log_w(rows.unsqueeze(0))
+        return None if log_w is None else log_w[0].detach()
+
+    def _after_step(self, z: Tensor, own: Tensor) -> None:
+        """Called in training with the embeddings (n, d) of samples that are stored and their rows (n,)."""
+
+    def _log_weights(self, z: Tensor, rows: Tensor) -> Tensor:
+        if self.width.wanted(len(self.memory)):
+            self.width.choose(self._stored_distances(), len(self.memory))
+        sq = squared_distances(z, self._centers(rows))
+        return kernel_log_weights(sq, self.width(), rows >= 0, self._log_w(rows))
+
+    def _log_probs(self, z: Tensor, ids: Tensor | None) -> Tensor:
+        if not len(self.memory):
+            return self._uniform(z)
+        z = self._embed(z.to(self.memory.keys.dtype))
+        rows = self._search(z, ids, self.k)
+        log_probs = class_log_probs(self._log_weights(z, rows), self.memory.values_at(rows), self.floor)
+        if self.training and ids is not None and ids.shape[1] == 1:
+            own = self.memory.rows_of(ids[:, 0])
+            self._after_step(z.detach()[own >= 0], own[own >= 0])
+        return log_probs
+
+    def _trained_rows(self, table: Tensor, rows: Tensor, step: float, batch: int | None = None) -> Tensor:
+        """Rows of a table, which take an SGD step of size ``step`` when the gradient of a mean loss reaches them.
+
+        The gradient of a mean over the batch (of ``len(rows)`` by default) is scaled back to the sum, so that a row's
+        step does not shrink as the batch grows. Rows that moved between forward and backward are not updated.
+        """
+        part = table[rows.clamp_min(0)]
+        if not (self.training and torch.is_grad_enabled() and step > 0):
+            return part
+        part = part.detach().requires_grad_()
+        layout, scale = self.memory.layout, -step * (batch or len(rows))
+
+        def update(grad: Tensor) -> None:
+            if self.memory.layout != layout:
+                return
+            held = rows >= 0
+            with torch.no_grad():
+                table.index_add_(0, rows[held], grad[held] * scale)
+            if table is self.memory.keys:
+                self.memory.touch(rows[held])
+
+        part.register_hook(update)
+        return part

@@ -1,0 +1,134 @@
+"""Hard k-nearest-neighbour vote over stored embeddings, trained through a dense layer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..functional import Metric, Vote
+from .base import nll, positive
+from .dense import wider
+from .registry import register_head
+from .voting import VotingHead
+
+
+@register_head("knn")
+class KNNHead(VotingHead):
+    """Majority vote of the k nearest stored samples (review, equation 3).
+
+    The backbone is trained through a dense layer that only `loss` uses; the output is the vote, in training and in
+    evaluation.
+
+    Args:
+        in_features: width d of the embeddings.
+        num_classes: number of classes C.
+        k: number of neighbours; the papers use 1, 5, 30, 100, 150 and 1000.
+        metric: ``"l2"``, ``"l1"`` or ``"cosine"``.
+        vote, sigma, smoothing: see `VotingHead`.
+        pca: project to this many principal components, fitted at each refresh on the samples stored then; the memory
+            holds the projections, so a refresh must cover all of them. None for no projection.
+        normalize: scale embeddings to unit length.
+        engine: see `nnheads.index.build_index`.
+    """
+
+    components: Tensor
+    center: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        k: int = 30,
+        metric: Metric = "l2",
+        vote: Vote = "uniform",
+        sigma: float | Literal["auto"] = "auto",
+        pca: int | None = None,
+        smoothing: float = 1.0,
+        normalize: bool = False,
+        engine: Literal["auto", "torch", "faiss"] = "auto",
+    ) -> None:
+        if pca is not None:
+            positive("knn", "pca", pca, integer=True)
+            if pca > in_features:
+                raise ConfigError(f"head 'knn': pca must be at most the embedding's width {in_features}, got {pca}")
+        super().__init__(
+            in_features,
+            num_classes,
+            k=k,
+            vote=vote,
+            sigma=sigma,
+            smoothing=smoothing,
+            metric=metric,
+            normalize=normalize,
+            engine=engine,
+            dim=pca,
+        )
+        self.pca = pca
+        self.dense = nn.Linear(in_features, num_classes)
+        self.register_buffer("components", torch.zeros(in_features, pca or 0))
+        self.register_buffer("center", torch.zeros(in_features if pca else 0))
+        self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
+
+    def config(self) -> dict[str, Any]:
+        return {"k": self.k, "metric": self.metric, "pca": self.pca, **self._vote_config()}
+
+    def loss(self, z: Tensor, y: Tensor, *, ids: Tensor | None = None) -> Tensor:
+        """Cross-entropy of the dense layer that trains the backbone; arguments as in `Head.loss`."""
+        z = self._check(z)
+        self._check_labels(y, len(z))
+        with torch.autocast(z.device.type, enabled=False):
+            logits: Tensor = self.dense(z.to(self.dense.weight.dtype))
+            return nll(logits.log_softmax(-1), y)
+
+    def add(self, z: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Store samples; with ``pca`` the first ones stored outside a refresh also fit the projection."""
+        if self.pca and len(z) and not bool(self.components.any()):
+            self._fit_components(self._check(z.detach()))
+        return super().add(z, y, ids)
+
+    def memorize(self, z: Tensor, y: Tensor, *, ids: Tensor | None = None) -> None:
+        if self._waiting is None:
+            super().memorize(z, y, ids=ids)
+        else:  # the projection needs all of them first
+            self._check_labels(y, len(z), seen=False)
+            self._waiting.append((self._check(z.detach()), y, ids))
+
+    def begin_refresh(self, *, replace: bool = False) -> None:
+        super().begin_refresh(replace=replace)
+        if self.pca:
+            self._waiting = []
+
+    @torch.no_grad()
+    def refreshed(self) -> None:
+        """Fit the projection and choose the width of the vote from the samples stored."""
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            if waiting:
+                self._fit_components(torch.cat([z for z, _, _ in waiting]))
+            for z, y, ids in waiting:
+                self.memorize(z, y, ids=ids)
+        super().refreshed()
+
+    @torch.no_grad()
+    def widen(self, num_classes: int) -> None:
+        super().widen(num_classes)
+        self.dense = wider(self.dense, self.num_classes)
+
+    @torch.no_grad()
+    def _fit_components(self, z: Tensor) -> None:
+        """Principal axes of the embeddings, from their covariance."""
+        z = super()._embed(z).double()
+        center = z.mean(0)
+        _, axes = torch.linalg.eigh((z - center).T @ (z - center))
+        self.center.copy_(center)
+        self.components.copy_(axes.flip(1)[:, : self.pca])
+
+    def _embed(self, z: Tensor) -> Tensor:
+        z = super()._embed(z)
+        if not self.pca:
+            return z
+        return (z.to(self.center.dtype) - self.center) @ self.components

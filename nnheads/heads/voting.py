@@ -1,0 +1,91 @@
+"""What the heads that count votes share."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..functional import Metric, Vote, neighbor_distances, vote_log_probs, vote_log_weights
+from .base import one_of, positive
+from .memory_head import MemoryHead, Width
+
+
+class VotingHead(MemoryHead):
+    """A head that decides by the vote of its k nearest samples and is trained by something else. Abstract.
+
+    A vote has no useful gradient. Where classes have equally many votes the lower class number wins, as in
+    scikit-learn.
+
+    Args:
+        in_features: width d of the embeddings.
+        num_classes: number of classes C.
+        k: number of neighbours.
+        vote: ``"uniform"``; ``"distance"``, by inverse distance; ``"gaussian"``, by a Gaussian kernel.
+        sigma: width of the Gaussian vote: a number, or ``"auto"``, chosen at each refresh.
+        smoothing: extra votes spread over the classes, so that a class without votes has a finite log-loss.
+        metric, normalize, engine, dim: see `MemoryHead`.
+    """
+
+    differentiable = False
+    trains_with = "objective"
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        k: int,
+        vote: Vote,
+        sigma: float | Literal["auto"],
+        smoothing: float,
+        metric: Metric = "l2",
+        normalize: bool = False,
+        engine: Literal["auto", "torch", "faiss"] = "auto",
+        dim: int | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, k=k, metric=metric, normalize=normalize, engine=engine, dim=dim)
+        one_of(self.name, "vote", vote, ("uniform", "distance", "gaussian"))
+        positive(self.name, "smoothing", smoothing)
+        if sigma == "learned":
+            raise ConfigError(f"head {self.name!r}: sigma must be a number or auto, got 'learned': a vote trains nothing")
+        self.vote: Vote = vote
+        self.smoothing = smoothing
+        self.width = Width(self.name, sigma)
+
+    def _vote_config(self) -> dict[str, Any]:
+        return {
+            "vote": self.vote,
+            "sigma": self.width.sigma,
+            "smoothing": self.smoothing,
+            "normalize": self.normalize,
+            "engine": self.engine,
+        }
+
+    @torch.no_grad()
+    def refreshed(self) -> None:
+        """Choose the width of a Gaussian vote from the samples stored."""
+        super().refreshed()
+        if self.vote == "gaussian":
+            self.width.choose(self._stored_distances(), len(self.memory))
+
+    def _votes(self) -> int:
+        """Number of neighbours that vote."""
+        return self.k
+
+    def _log_weights(self, z: Tensor, rows: Tensor) -> Tensor:
+        if self.vote == "gaussian" and self.width.wanted(len(self.memory)):
+            self.width.choose(self._stored_distances(), len(self.memory))
+        distances = neighbor_distances(z, self.memory.keys[rows.clamp_min(0)], self.metric)
+        return vote_log_weights(distances, rows >= 0, self.vote, self.width())
+
+    def _log_probs(self, z: Tensor, ids: Tensor | None) -> Tensor:
+        if not len(self.memory):
+            return self._uniform(z.detach())
+        # Not even the smooth votes pass a gradient on: `loss` trains, and a criterion on the output must fail loudly.
+        z = self._embed(z.detach().to(self.memory.keys.dtype))
+        rows = self._search(z, ids, self._votes())
+        values = self.memory.values_at(rows)
+        return vote_log_probs(self._log_weights(z, rows), values, (rows >= 0).sum(1), self.smoothing)
