@@ -79,6 +79,8 @@ class KernelVoteHead(MemoryHead):
         if self.width.wanted(len(self.memory)):
             self.width.choose(self._stored_distances(), len(self.memory))
         sq = squared_distances(z, self._centers(rows))
+        if self.training:
+            self.width.follow(sq.detach(), rows >= 0)
         return kernel_log_weights(sq, self.width(), rows >= 0, self._log_w(rows))
 
     def _log_probs(self, z: Tensor, ids: Tensor | None) -> Tensor:

@@ -271,6 +271,17 @@ class Width(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self._chosen_for = int(state)
 
+    def follow(self, sq_distances: Tensor, valid: Tensor, momentum: float = 0.05) -> None:
+        """Move towards the width that a training batch's neighbours (B, k) ask for, as batch norm follows its mean.
+
+        Embeddings change their scale between two refreshes; a width that stays behind makes the vote too flat or too
+        sharp to learn from.
+        """
+        full = valid.all(1)
+        if isinstance(self.sigma, str) and bool(full.any()):
+            wanted = auto_sigma(sq_distances[full]).to(self.value)
+            self.value.copy_(torch.where(self.value.isnan(), wanted, self.value.lerp(wanted, momentum)))
+
     def forward(self) -> Tensor:
         """The width, a scalar in units of distance; 1 as long as nothing was stored."""
         value = torch.where(self.value.isnan(), 1.0, self.value)

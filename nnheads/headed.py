@@ -1,0 +1,273 @@
+"""A backbone with a head in place of its classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Self, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+
+from nnheads.backbones import backbone_spec
+from nnheads.classifier_layer import Replaced, describe_candidates, output_follows
+from nnheads.errors import AttachError, ConfigError, DataError, ShapeError
+from nnheads.heads import Head, MemoryHead, Neighbors, head_class, list_heads
+
+if TYPE_CHECKING:
+    from nnheads.preprocessing import Preprocessing
+
+
+@final
+class HeadedModel(nn.Module):
+    """A backbone with a head in place of its classifier; made by ``attach_head``.
+
+    Copies (``copy.deepcopy``), pickles, and saves its state as any module does. The classifier that was taken
+    out is in neither ``parameters()`` nor ``state_dict()``; it follows the model to another device or dtype
+    all the same, so that ``detach_head`` gives back a model that works.
+
+    Attributes:
+        backbone: the model given to ``attach_head``, its classifier replaced.
+        head: the head; assign through ``attach_head(headed, "knn")``.
+        layer: dotted name of the replaced classifier.
+        class_names: names of the classes, None where not known.
+        preprocessing: what happens to an image before the backbone, None where not known.
+        backbone_spec: arguments with which ``nnheads.backbones.build_backbone`` rebuilds the backbone, None
+            for a backbone of another make.
+    """
+
+    head: Head
+
+    def __init__(self, backbone: nn.Module, head: Head, replaced: tuple[Replaced, ...]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.layer = replaced[0].name
+        self.class_names: tuple[str, ...] | None = None
+        self.preprocessing: Preprocessing | None = None
+        self.backbone_spec: dict[str, Any] | None = backbone_spec(backbone)
+        # Inside a tuple of dataclasses, the classifier is no child of this module.
+        self._replaced = replaced
+        # In training a model may return other things than in evaluation: each mode is checked once.
+        self._checked_training = False
+        self._checked_evaluation = False
+
+    @property
+    def in_features(self) -> int:
+        """Width of the embedding."""
+        return self.attached()[0].in_features
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are; the CPU for a model without any."""
+        for tensors in (self.parameters(), self.buffers()):
+            for tensor in tensors:
+                return tensor.device
+        return torch.device("cpu")
+
+    def features(self, x: Tensor) -> Tensor:
+        """The embedding: what enters the replaced classifier, averaged over positions where it still has any.
+
+        For two classifiers trained by distillation it is the mean of what enters them. The backbone runs
+        once.
+
+        Args:
+            x: a batch as the backbone takes it, (B, C, H, W) for images.
+
+        Returns:
+            (B, d) in the backbone's dtype (under autocast, that of autocast).
+
+        Raises:
+            AttachError: on the first forward, where the replaced layer turns out not to be the classifier.
+            ShapeError: the embedding is not as wide as the replaced layer (an image size the backbone is not
+                made for).
+        """
+        replaced = self.attached()
+        checked = self._checked_training if self.backbone.training else self._checked_evaluation
+        try:
+            output = self.backbone(x)
+        except (RuntimeError, AttributeError, ValueError, TypeError) as error:
+            reached = [entry.tap.take() is not None for entry in replaced]
+            if checked or not any(reached) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise AttachError(self._not_the_classifier(f"the model fails behind it ({_first_line(error)})")) from error
+        seen = [entry.tap.take() for entry in replaced]
+        embeddings = [z for z in seen if z is not None]
+        if len(embeddings) < len(seen):
+            raise AttachError(self._not_the_classifier("the model's forward never calls it"))
+        for z in embeddings:
+            if z.shape[-1] != self.in_features:
+                raise ShapeError(
+                    f"layer {self.layer!r} takes {self.in_features} features, got {z.shape[-1]} for an "
+                    f"input of shape {tuple(x.shape)}: give inputs of the size the backbone is made for"
+                )
+        if not checked:
+            self._check(output, embeddings)
+        return embeddings[0] if len(embeddings) == 1 else torch.stack(embeddings).mean(0)
+
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Log-probabilities of the classes.
+
+        Args:
+            x: a batch as the backbone takes it.
+            ids: positions of the samples in the training set, int64 (B,), or (B, 2) for mixup, -1 for none.
+                In training a sample's own center is left out by them.
+
+        Returns:
+            (B, C) float32.
+        """
+        log_probs: Tensor = self.head(self.features(x), ids=ids)
+        return log_probs
+
+    def loss(self, x: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
+        """The head's own objective, a scalar.
+
+        Args:
+            x: a batch as the backbone takes it.
+            y: labels, int64 (B,), or soft labels (B, C).
+            ids: as in ``forward``.
+        """
+        return self.head.loss(self.features(x), y, ids=ids)
+
+    @torch.no_grad()
+    def explain(self, x: Tensor, k: int | None = None) -> Neighbors:
+        """The stored samples that decide for each input, with their weights; in evaluation mode.
+
+        Args:
+            x: a batch as the backbone takes it.
+            k: number of neighbours; the head's own by default.
+
+        Raises:
+            ConfigError: the head has no memory, or ``k`` is below 1.
+        """
+        if not isinstance(self.head, MemoryHead):
+            able = [name for name in list_heads() if head_class(name).uses_memory]
+            raise ConfigError(
+                f"head {self.head.name!r} stores no samples to explain with; heads that do: {', '.join(able)}"
+            )
+        if k is not None and k < 1:
+            raise ConfigError(f"explain: k must be 1 or more, not {k}")
+        with _evaluating(self):
+            return self.head.neighbors(self.features(x.to(self.device)), k=k)
+
+    def memorize(self, loader: Iterable[Any]) -> Self:
+        """Embeds all samples, in evaluation mode, and stores them in the head's memory; no-op for a head without.
+
+        Args:
+            loader: yields ``(x, y, ids)`` a batch; or ``(x, y)``, in which case a sample's position in the loader is
+                its id, so a second loader needs ids of its own. A sample whose id is stored replaces it.
+
+        Returns:
+            The model.
+
+        Raises:
+            DataError: the batches are something else, or positions cannot be ids because the loader shuffles.
+        """
+        return self._embed_all(loader, replace=True)
+
+    def refresh(self, loader: Iterable[Any]) -> Self:
+        """Embeds the stored samples anew with the backbone as it is now; call it every few epochs of training.
+
+        As ``memorize``, but a sample that is stored keeps its soft label and its weight, and its center only moves
+        where the head's centers follow their samples. ``loader`` must give each sample the id it had.
+        """
+        return self._embed_all(loader, replace=False)
+
+    @torch.no_grad()
+    def _embed_all(self, loader: Iterable[Any], *, replace: bool) -> Self:
+        if not self.head.uses_memory:
+            return self
+        with _evaluating(self):
+            self.head.begin_refresh(replace=replace)
+            position, device = 0, self.device
+            for batch in loader:
+                x, y, ids = _unpack(batch, loader, position)
+                position += len(y)
+                self.head.memorize(self.features(x.to(device)), y.to(device), ids=ids.to(device))
+            self.head.refreshed()
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # to(), cuda(), half() and the like: the classifier follows the backbone.
+        for entry in self._replaced:
+            entry.layer._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def attached(self) -> tuple[Replaced, ...]:
+        """The classifiers that were taken out; AttachError where they are back in place."""
+        if not self._replaced:
+            raise AttachError("this model was detached: attach_head the backbone again")
+        return self._replaced
+
+    def detach(self) -> None:
+        """Restores the classifier; see ``detach_head``."""
+        for entry in self.attached():
+            entry.restore()
+        self._replaced = ()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _check(self, output: object, embeddings: list[Tensor]) -> None:
+        """That the output follows from the embeddings; decided by values, so only on a batch with any."""
+        if not embeddings[0].numel():
+            return
+        if not output_follows(output, embeddings):
+            raise AttachError(self._not_the_classifier("the model's output does not follow from it alone"))
+        if self.backbone.training:
+            self._checked_training = True
+        else:
+            self._checked_evaluation = True
+
+    def _not_the_classifier(self, why: str) -> str:
+        return (
+            f"layer {self.layer!r} is not the classifier of {type(self.backbone).__name__}: {why}; "
+            f"detach_head, then attach_head with layer=; {describe_candidates(self.backbone)}"
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; each module gets its own mode back, for a user may have frozen some."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _unpack(batch: Any, loader: Iterable[Any], position: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, labels and ids of a batch."""
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3) or not isinstance(batch[0], Tensor):
+        raise DataError("memorize: a batch must be (x, y) or (x, y, ids) with a tensor x; see nnheads.with_ids")
+    x, y = batch[0], torch.as_tensor(batch[1])
+    if len(batch) == 2:
+        if _shuffles(loader):
+            raise DataError(
+                "memorize: the loader shuffles, so positions cannot be ids: wrap the data set in nnheads.with_ids"
+            )
+        return x, y, torch.arange(position, position + len(y))
+    ids = torch.as_tensor(batch[2])
+    if ids.is_floating_point() or ids.shape != (len(y),):
+        raise DataError(f"memorize: ids must be integers of shape ({len(y)},), not {ids.dtype} {tuple(ids.shape)}")
+    if len(ids) > 1 and bool((ids == ids[0]).all()):
+        raise DataError(
+            f"memorize: all ids of a batch are {int(ids[0])}: the third item must be the samples' ids, not their task"
+        )
+    return x, y, ids
+
+
+def _shuffles(loader: Iterable[Any]) -> bool:
+    """Whether a loader of torch may give its samples in another order than the data set's; unknown loaders
+    may not.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    in_order = isinstance(loader.sampler, SequentialSampler)
+    return not in_order or (loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
