@@ -73,6 +73,43 @@ class ResNet18(nn.Module):
 
 
 @final
+class ResNet9(nn.Module):
+    """ResNet-9 (Page 2018): the smallest residual network that trains on 32x32 images in minutes on a CPU.
+
+    Args:
+        num_classes: outputs.
+        in_channels: channels of the images.
+        width: channels of the first convolution; the embedding has ``8 * width`` features. Page's has 64.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int = 3, width: int = 32) -> None:
+        super().__init__()
+        self.stem = self._stage(in_channels, width)
+        self.layer1 = self._stage(width, 2 * width)
+        self.residual1 = nn.Sequential(self._stage(2 * width, 2 * width), self._stage(2 * width, 2 * width))
+        self.layer2 = self._stage(2 * width, 4 * width)
+        self.layer3 = self._stage(4 * width, 8 * width)
+        self.residual3 = nn.Sequential(self._stage(8 * width, 8 * width), self._stage(8 * width, 8 * width))
+        self.linear = nn.Linear(8 * width, num_classes)
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W), 8x8 or more, to logits (B, num_classes)."""
+        out = F.max_pool2d(self.layer1(self.stem(x)), 2)
+        out = out + self.residual1(out)
+        out = F.max_pool2d(self.layer2(out), 2)
+        out = F.max_pool2d(self.layer3(out), 2)
+        out = out + self.residual3(out)
+        logits: Tensor = self.linear(out.amax((2, 3)))
+        return logits
+
+
+@final
 class ConvNet(nn.Module):
     """Three 3x3 convolutions with batch normalisation, for digits: any image of 8x8 or more.
 
@@ -111,6 +148,10 @@ def _resnet18_cifar(num_classes: int, in_channels: int, *, nf: int = 64) -> nn.M
     return ResNet18(num_classes, in_channels, nf)
 
 
+def _resnet9(num_classes: int, in_channels: int, *, width: int = 32) -> nn.Module:
+    return ResNet9(num_classes, in_channels, width)
+
+
 def _convnet(num_classes: int, in_channels: int, *, width: int = 32) -> nn.Module:
     return ConvNet(num_classes, in_channels, width)
 
@@ -118,6 +159,7 @@ def _convnet(num_classes: int, in_channels: int, *, width: int = 32) -> nn.Modul
 _OWN: Final[dict[str, Callable[..., nn.Module]]] = {
     "convnet": _convnet,
     "resnet18_cifar": _resnet18_cifar,
+    "resnet9": _resnet9,
     "slim_resnet18": _slim_resnet18,
 }
 

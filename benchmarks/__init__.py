@@ -1,0 +1,1 @@
+"""Streams, runs, comparisons and studies."""

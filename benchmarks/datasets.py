@@ -1,0 +1,340 @@
+"""Image sets by name: bundled, downloaded, or read from a folder; the same `ImageSet` whatever the layout on
+disk."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from nnheads.benchmarks.folders import (
+    Progress,
+    cache_root,
+    check_same_classes,
+    class_folders,
+    from_folder,
+    has_class_folders,
+    list_classes,
+)
+from nnheads.data import ImageSet, Preprocessing, stratified_split
+from nnheads.errors import ConfigError, DataError, unknown_name
+
+__all__ = [
+    "DATASETS",
+    "DatasetFacts",
+    "ImageData",
+    "Progress",
+    "cache_root",
+    "from_folder",
+    "list_datasets",
+    "load_dataset",
+    "load_images",
+]
+
+HELD_OUT = 0.2
+"""Share of each class that is the test set where a source has none of its own (digits, ``DIR/<class>/*``);
+the choice is that of `stratified_split` with seed 0, the same whatever the seed of a run."""
+
+
+@final
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What is known of a data set before it is read.
+
+    Attributes:
+        name: what ``--dataset`` takes.
+        title: its name in ``torchvision.datasets``.
+        layout: where torchvision unpacks it, below its root.
+        classes: number of classes.
+        preprocessing: size, channels, and the training images' mean and std on the scale 0..1.
+    """
+
+    name: str
+    title: str
+    layout: str
+    classes: int
+    preprocessing: Preprocessing
+
+
+def _facts(
+    name: str,
+    title: str,
+    layout: str,
+    classes: int,
+    side: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> DatasetFacts:
+    return DatasetFacts(name, title, layout, classes, Preprocessing((side, side), len(mean), mean, std))
+
+
+_CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+_CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+
+DATASETS: dict[str, DatasetFacts] = {
+    facts.name: facts
+    for facts in (
+        _facts("digits", "load_digits", "", 10, 8, (0.3055,), (0.3759,)),
+        _facts("mnist", "MNIST", "MNIST/raw", 10, 28, (0.1307,), (0.3081,)),
+        _facts("fmnist", "FashionMNIST", "FashionMNIST/raw", 10, 28, (0.2860,), (0.3530,)),
+        _facts("cifar10", "CIFAR10", "cifar-10-batches-py", 10, 32, *_CIFAR10),
+        _facts("cifar100", "CIFAR100", "cifar-100-python", 100, 32, *_CIFAR100),
+        # CIFAR-10's classes are 0..9, CIFAR-100's 10..109
+        _facts("cifar110", "CIFAR10 and CIFAR100", "", 110, 32, *_CIFAR10),
+    )
+}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A data set in memory.
+
+    Attributes:
+        train: training images; ids 0..N-1.
+        test: test images; every id is -1, so that a head never takes a training sample for the test sample
+            itself.
+        preprocessing: what goes with both.
+    """
+
+    train: ImageSet
+    test: ImageSet
+    preprocessing: Preprocessing
+
+
+def list_datasets() -> list[str]:
+    """The names that `load_dataset` takes, beside ``images:DIR``."""
+    return list(DATASETS)
+
+
+def load_dataset(name: str, data_dir: str | Path | None = None, *, progress: Progress | None = None) -> ImageData:
+    """Loads the training and test images of a data set, downloading them on first use.
+
+    Args:
+        name: one of `list_datasets`, or ``images:DIR`` with ``DIR/train/<class>/*`` and
+            ``DIR/test/<class>/*``, or with ``DIR/<class>/*`` of which a fixed fifth of each class is the test
+            set.
+        data_dir: where the data set is: torchvision's layout, or ``train/<class>/*`` and ``test/<class>/*``;
+            or the parent of a folder of the data set's name (``cifar10``) that holds either. Default:
+            ``$NNHEADS_DATA`` if it has the data set, else `cache_root`, into which it is downloaded.
+        progress: called during slow steps.
+
+    Raises:
+        UnknownNameError: if there is no data set of that name.
+        DataError: if the data are missing, damaged or do not fit together.
+    """
+    if name.startswith("images:"):
+        return _load_own(_own_folder(name, data_dir), progress)
+    preprocessing = _known(name).preprocessing
+    train, test = (load_images(name, data_dir, train=part, progress=progress) for part in (True, False))
+    if train.class_names != test.class_names:
+        raise DataError(f"{name}: train and test have different classes: both need the same folders")
+    return ImageData(train, test, preprocessing)
+
+
+def load_images(
+    name: str, data_dir: str | Path | None = None, *, train: bool, progress: Progress | None = None
+) -> ImageSet:
+    """One half of `load_dataset`: the training or the test images. Same arguments and errors."""
+    if name.startswith("images:"):
+        data = load_dataset(name, data_dir, progress=progress)
+        return data.train if train else data.test
+    facts = _known(name)
+    if name == "digits":
+        images = _digits(train)
+    elif name == "cifar110":
+        first, second = (
+            load_images(part, data_dir, train=train, progress=progress) for part in ("cifar10", "cifar100")
+        )
+        images = _join(first, second)
+    else:
+        layout, root = _find(facts, data_dir, progress)
+        if layout == "folders":
+            check_same_classes(root / "train", root / "test")
+            half = root / ("train" if train else "test")
+            images = from_folder(half, facts.preprocessing, progress=progress)
+        else:
+            images = _read_torchvision(facts, root, train)
+    return images if train else _without_ids(images)
+
+
+def _known(name: str) -> DatasetFacts:
+    if name not in DATASETS:
+        raise unknown_name("data set", name, [*DATASETS, "images:DIR"])
+    return DATASETS[name]
+
+
+def _without_ids(images: ImageSet) -> ImageSet:
+    return replace(images, ids=torch.full_like(images.labels, -1))
+
+
+def _digits(train: bool) -> ImageSet:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
+    labels = torch.from_numpy(bunch.target).long()
+    part = stratified_split(labels, HELD_OUT)[0 if train else 1]
+    return ImageSet(images[part], labels[part], class_names=tuple("0123456789"))
+
+
+def _join(first: ImageSet, second: ImageSet) -> ImageSet:
+    return ImageSet(
+        torch.cat([first.images, second.images]),
+        torch.cat([first.labels, second.labels + first.num_classes]),
+        class_names=first.class_names + second.class_names,
+    )
+
+
+def _own_folder(name: str, data_dir: str | Path | None) -> Path:
+    given = name.removeprefix("images:")
+    if not given and data_dir is None:
+        raise ConfigError("images: needs a folder of class folders, as in images:DIR")
+    return Path(given or str(data_dir)).expanduser()
+
+
+def _load_own(folder: Path, progress: Progress | None) -> ImageData:
+    if not folder.is_dir():
+        raise DataError(f"no such folder: {folder}")
+    halves = [part for part in ("train", "test") if has_class_folders(folder / part)]
+    if len(halves) == 1:
+        missing = "test" if halves == ["train"] else "train"
+        raise DataError(
+            f"{folder} has {halves[0]}/<class>/* but no {missing}/<class>/*: put both there, or class folders alone"
+        )
+    if halves:
+        check_same_classes(folder / "train", folder / "test")
+        train = from_folder(folder / "train", progress=progress)
+        preprocessing = _measured(train)
+        test = from_folder(folder / "test", preprocessing, progress=progress)
+        return ImageData(train, _without_ids(test), preprocessing)
+    whole = from_folder(folder, progress=progress)
+    for label, files in enumerate(list_classes(folder).values()):
+        if len(files) < 2:
+            raise DataError(f"{folder / whole.class_names[label]} has a single image: put at least two there")
+    first, second = stratified_split(whole.labels, HELD_OUT)
+    train = replace(whole.subset(first), ids=torch.arange(len(first)))
+    return ImageData(train, _without_ids(whole.subset(second)), _measured(train))
+
+
+def _measured(images: ImageSet) -> Preprocessing:
+    # in chunks: a float copy of all images would take four times their memory
+    channels, height, width = images.images.shape[1:]
+    total, squares = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    for chunk in torch.split(images.images, 2048):
+        values = chunk.transpose(0, 1).flatten(1).double() / 255
+        total += values.sum(1)
+        squares += values.square().sum(1)
+    pixels = len(images) * height * width
+    mean = total / pixels
+    # a channel that never varies has no scale of its own: one grey level stands in
+    std = (squares / pixels - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)
+    return Preprocessing((height, width), channels, tuple(mean.tolist()), tuple(std.tolist()))
+
+
+def _find(
+    facts: DatasetFacts, data_dir: str | Path | None, progress: Progress | None
+) -> tuple[Literal["folders", "torchvision"], Path]:
+    wanted = f"torchvision's {facts.layout}/, or train/<class>/* and test/<class>/* ({facts.classes} classes)"
+    if data_dir is not None:
+        root = Path(data_dir).expanduser()
+        if not root.is_dir():
+            raise DataError(f"no such folder: {root}; it should hold {wanted}")
+        found = _locate(facts, root)
+        if found is None:
+            raise DataError(f"no {facts.title} in {root}: put there {wanted}")
+        return found
+    roots = [Path(os.environ["NNHEADS_DATA"]).expanduser()] if os.environ.get("NNHEADS_DATA") else []
+    for root in [*roots, cache_root() / "data"]:
+        found = _locate(facts, root)
+        if found is not None:
+            return found
+    return "torchvision", _download(facts, wanted, progress)
+
+
+def _locate(facts: DatasetFacts, root: Path) -> tuple[Literal["folders", "torchvision"], Path] | None:
+    for folder in dict.fromkeys((root, root / facts.name, root / facts.title)):
+        for raw in _raw_folders(facts, folder):
+            if raw.is_dir():
+                return "torchvision", raw
+        halves = [part for part in ("train", "test") if has_class_folders(folder / part)]
+        if halves:
+            for part in ("train", "test"):
+                if not (folder / part).is_dir():
+                    raise DataError(f"{folder} has no {part}/: it should hold both train/ and test/")
+                found = len(class_folders(folder / part))
+                # the parent of several sets may be itself some other set: look on, unless this is its own
+                if found != facts.classes and folder.name == facts.name:
+                    raise DataError(f"{folder / part} has {found} classes, but {facts.title} has {facts.classes}")
+                if found != facts.classes:
+                    break
+            else:
+                return "folders", folder
+    return None
+
+
+def _raw_folders(facts: DatasetFacts, folder: Path) -> Iterator[Path]:
+    yield folder / facts.layout
+    parts = Path(facts.layout).parts
+    # the user may point at any level of torchvision's layout
+    for depth in range(1, len(parts) + 1):
+        if folder.parts[-depth:] == parts[:depth]:
+            yield folder.joinpath(*parts[depth:])
+
+
+def _download(facts: DatasetFacts, wanted: str, progress: Progress | None) -> Path:
+    from torchvision import datasets
+
+    target = cache_root() / "data" / facts.layout
+    if progress is not None:
+        progress(f"downloading {facts.title}", 0, 0)
+    temporary: str | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(dir=cache_root() / "data", prefix=".partial-")
+        with contextlib.redirect_stdout(io.StringIO()):  # torchvision prints its tries
+            getattr(datasets, facts.title)(temporary, download=True)
+        with contextlib.suppress(FileExistsError):  # another run has just put it there
+            os.replace(Path(temporary) / facts.layout, target)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(
+            f"{facts.title} is not here and cannot be downloaded ({reason[0]}): "
+            f"give --data-dir a folder with {wanted}, or take split-digits, which needs no download"
+        ) from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _read_torchvision(facts: DatasetFacts, raw: Path, train: bool) -> ImageSet:
+    damaged = f"{facts.title} in {raw} is incomplete or damaged: remove the folder and fetch it again"
+    try:
+        if facts.layout.endswith("raw"):
+            return _read_idx(raw, train)
+        from torchvision import datasets
+
+        source: Any = getattr(datasets, facts.title)(str(raw.parent), train=train)
+    except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise DataError(damaged) from error
+    images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
+    return ImageSet(images, torch.tensor(source.targets), class_names=tuple(source.classes))
+
+
+def _read_idx(raw: Path, train: bool) -> ImageSet:
+    from torchvision.datasets import mnist
+
+    start = "train" if train else "t10k"
+    images: Tensor = mnist.read_image_file(str(raw / f"{start}-images-idx3-ubyte"))
+    labels: Tensor = mnist.read_label_file(str(raw / f"{start}-labels-idx1-ubyte"))
+    return ImageSet(images.unsqueeze(1), labels.long(), class_names=tuple("0123456789"))
