@@ -105,7 +105,7 @@ class ResNet9(nn.Module):
         out = F.max_pool2d(self.layer2(out), 2)
         out = F.max_pool2d(self.layer3(out), 2)
         out = out + self.residual3(out)
-        logits: Tensor = self.linear(out.amax((2, 3)))
+        logits: Tensor = self.linear(out.mean((2, 3)))
         return logits
 
 

@@ -293,7 +293,8 @@ class CenterSet:
         return rows, -w.T @ torch.linalg.solve(gram, change)
 
     def _log_kernel(self, sq_distances: Tensor) -> Tensor:
-        return sq_distances / (-2 * self.sigma * self.sigma)
+        scaled: Tensor = sq_distances / (-2 * self.sigma * self.sigma)
+        return scaled
 
     def _scores(self, points: Tensor) -> Tensor:
         neighbors = self.neighbors[points]

@@ -186,6 +186,23 @@ def auto_sigma(sq_distances: Tensor, ratio: float = 0.05) -> Tensor:
     return (spread / (2 * math.log(1 / ratio))).sqrt()
 
 
+def nearest_sigma(sq_distances: Tensor) -> Tensor:
+    """Width at which the kernel of the nearest neighbour is ``exp(-1/2)``, in the median over the queries.
+
+    For sums of kernels that nothing normalizes, such as the kernel neuron's: with the sharper width of `auto_sigma` all
+    kernels can vanish at once, and the gradient with them.
+
+    Args:
+        sq_distances: (n, k) squared distances, nearest first.
+
+    Returns:
+        A scalar, in units of distance; 1 where all distances are zero.
+    """
+    nearest = sq_distances[:, 0].median()
+    nearest = torch.where(nearest > 0, nearest, sq_distances.mean())
+    return torch.where(nearest > 0, nearest, torch.ones_like(nearest)).sqrt()
+
+
 def nca_loss(
     z: Tensor,
     y: Tensor,

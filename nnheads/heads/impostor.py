@@ -58,6 +58,18 @@ class ImpostorHead(KernelVoteHead):
         self.tie = tie
         self.center_lr = center_lr
 
+    @property
+    def tracks(self) -> bool:
+        return self.centers == "tied"
+
+    @property
+    def follows(self) -> bool:
+        return self.centers != "fixed"
+
+    @property
+    def moves(self) -> bool:
+        return self.centers == "tied"
+
     def config(self) -> dict[str, Any]:
         return {
             "k": self.k,
@@ -85,18 +97,14 @@ class ImpostorHead(KernelVoteHead):
             z, own = z[own >= 0], own[own >= 0]
             if not len(own):
                 return loss
-            centers = self._trained_rows(self.memory.keys, own, self.center_lr)
+            # A sample that replay put into the batch several times pulls its center once, or it would overshoot.
+            repeats = (own.unsqueeze(1) == own).sum(1, keepdim=True)
+            centers = self._step_rows(self.memory.keys, own, self.center_lr / repeats)
             return loss + self.tie * (z - centers).square().sum(-1).mean()
 
     def _centers(self, rows: Tensor) -> Tensor:
-        if self.centers == "loose":
-            return self._trained_rows(self.memory.keys, rows, self.center_lr)
-        return super()._centers(rows)
-
-    def _after_step(self, z: Tensor, own: Tensor) -> None:
-        if self.centers == "tied":
-            self.memory.write(own, z)
-
-    def _move(self, rows: Tensor, keys: Tensor) -> None:
-        if self.centers == "tied":
-            super()._move(rows, keys)
+        if self.centers != "loose":
+            return super()._centers(rows)
+        # The gradient of the vote is in units of distance / sigma^2. With a step of a fixed size, a narrow kernel would
+        # throw the centers out of reach; this way center_lr is a share of the way to the samples that pull.
+        return self._step_rows(self.memory.keys, rows, self.center_lr * self.width().detach().square())

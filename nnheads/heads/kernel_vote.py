@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import class_log_probs, kernel_log_weights, squared_distances
-from .memory_head import MemoryHead, Width
+from .memory_head import MemoryHead
+from .row_steps import trained_rows
+from .width import Width
 
 
 class KernelVoteHead(MemoryHead):
@@ -17,10 +19,7 @@ class KernelVoteHead(MemoryHead):
 
     ``k(z, c) = exp(-||z - c||^2 / (2 sigma^2))``.
 
-    In training, a sample's own center is left out (by its id). What is trained beside the backbone, centers or
-    per-sample weights, has one row a sample: far too many for a dense optimizer step, and sparse gradients are refused
-    by Adam and by weight decay. Such rows are therefore no parameters: the rows that a batch touched take a plain SGD
-    step while its backward pass runs.
+    In training, a sample's own center is left out (by its id).
 
     Args:
         in_features: width d of the embeddings.
@@ -32,6 +31,11 @@ class KernelVoteHead(MemoryHead):
 
     differentiable = True
     trains_with = "output"
+
+    @property
+    def tracks(self) -> bool:
+        """Whether a training step moves the centers of its batch to their new embeddings."""
+        return False
 
     def __init__(
         self,
@@ -72,9 +76,6 @@ class KernelVoteHead(MemoryHead):
         log_w = self._log_w(rows.unsqueeze(0))
         return None if log_w is None else log_w[0].detach()
 
-    def _after_step(self, z: Tensor, own: Tensor) -> None:
-        """Called in training with the embeddings (n, d) of samples that are stored and their rows (n,)."""
-
     def _log_weights(self, z: Tensor, rows: Tensor) -> Tensor:
         if self.width.wanted(len(self.memory)):
             self.width.choose(self._stored_distances(), len(self.memory))
@@ -89,31 +90,12 @@ class KernelVoteHead(MemoryHead):
         z = self._embed(z.to(self.memory.keys.dtype))
         rows = self._search(z, ids, self.k)
         log_probs = class_log_probs(self._log_weights(z, rows), self.memory.values_at(rows), self.floor)
-        if self.training and ids is not None and ids.shape[1] == 1:
-            own = self.memory.rows_of(ids[:, 0])
-            self._after_step(z.detach()[own >= 0], own[own >= 0])
+        if self.training and self.tracks:
+            self._track(z, ids)
         return log_probs
 
-    def _trained_rows(self, table: Tensor, rows: Tensor, step: float, batch: int | None = None) -> Tensor:
-        """Rows of a table, which take an SGD step of size ``step`` when the gradient of a mean loss reaches them.
-
-        The gradient of a mean over the batch (of ``len(rows)`` by default) is scaled back to the sum, so that a row's
-        step does not shrink as the batch grows. Rows that moved between forward and backward are not updated.
-        """
-        part = table[rows.clamp_min(0)]
-        if not (self.training and torch.is_grad_enabled() and step > 0):
-            return part
-        part = part.detach().requires_grad_()
-        layout, scale = self.memory.layout, -step * (batch or len(rows))
-
-        def update(grad: Tensor) -> None:
-            if self.memory.layout != layout:
-                return
-            held = rows >= 0
-            with torch.no_grad():
-                table.index_add_(0, rows[held], grad[held] * scale)
-            if table is self.memory.keys:
-                self.memory.touch(rows[held])
-
-        part.register_hook(update)
-        return part
+    def _step_rows(self, table: Tensor, rows: Tensor, step: float | Tensor) -> Tensor:
+        """Rows (B, k) or (n,) of a table; in training they take a step of that size, see `trained_rows`."""
+        if self.training and torch.is_grad_enabled() and (isinstance(step, Tensor) or step > 0):
+            return trained_rows(self.memory, table, rows, step)
+        return table[rows.clamp_min(0)]

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import EmptyMemoryError
-from ..functional import Metric, auto_sigma, neighbor_distances
+from ..functional import Metric, neighbor_distances
 from ..index import Index, build_index
 from ..memory import ColumnWidth, Memory
 from .base import Head, one_of, positive
@@ -79,6 +79,16 @@ class MemoryHead(Head):
         self._index: Index | None = build_index(engine, metric)
         self._indexed: Tensor | None = None  # the key buffer the index was built on
         self._warned = False
+
+    @property
+    def follows(self) -> bool:
+        """Whether training keeps the centers near their samples, by tracking or because they are trained."""
+        return False
+
+    @property
+    def moves(self) -> bool:
+        """Whether a refresh moves the centers that are stored."""
+        return True
 
     # ---- storing -------------------------------------------------------------------------------------------------
 
@@ -181,8 +191,16 @@ class MemoryHead(Head):
         return rows.gather(1, order).masked_fill(mine.gather(1, order), -1)
 
     def _move(self, rows: Tensor, keys: Tensor) -> None:
-        """A stored sample was embedded anew; its center follows unless a head keeps it where it is."""
-        self.memory.write(rows, keys)
+        if self.moves:
+            self.memory.write(rows, keys)
+
+    @torch.no_grad()
+    def _track(self, z: Tensor, ids: Tensor | None) -> None:
+        """Move the centers of a batch's samples to their embeddings ``z``; not where two samples were mixed."""
+        if ids is None or ids.shape[1] > 1:
+            return
+        own = self.memory.rows_of(ids[:, 0])
+        self.memory.write(own[own >= 0], z[own >= 0])
 
     @torch.no_grad()
     def _stored_distances(self, samples: int = 1024) -> Tensor:
@@ -228,61 +246,3 @@ class MemoryHead(Head):
     def __getstate__(self) -> dict[str, Any]:
         # An index is rebuilt from the keys whenever it is needed: never copied, pickled or saved.
         return {**self.__dict__, "_index": None, "_indexed": None}
-
-
-class Width(nn.Module):
-    """Width sigma of a Gaussian kernel: a fixed number, learned, or chosen from the stored samples at each refresh.
-
-    Args:
-        head: name of the head, for messages.
-        sigma: a positive number; ``"learned"``, a parameter in log space that starts at the automatic width; or
-            ``"auto"``, see `nnheads.functional.auto_sigma`.
-    """
-
-    value: Tensor
-
-    def __init__(self, head: str, sigma: float | Literal["auto", "learned"]) -> None:
-        super().__init__()
-        if isinstance(sigma, str):
-            one_of(head, "sigma", sigma, ("auto", "learned"))
-        else:
-            positive(head, "sigma", sigma)
-        self.sigma = sigma
-        self._chosen_for = 0  # samples stored when it was last chosen
-        self.register_buffer("value", torch.tensor(math.nan if isinstance(sigma, str) else float(sigma)))
-        if sigma == "learned":
-            # Times the automatic width, so that the parameter has no unit and weight decay pulls it to that width.
-            self.log_factor = nn.Parameter(torch.zeros(()))
-
-    def wanted(self, held: int) -> bool:
-        """Whether to choose it now: it never was, or twice as many samples are stored as when it was."""
-        return isinstance(self.sigma, str) and held >= max(2, 2 * self._chosen_for)
-
-    def choose(self, sq_distances: Tensor, held: int) -> None:
-        """Choose the width from squared distances (n, k) of stored samples to their neighbours, nearest first."""
-        if isinstance(self.sigma, str) and sq_distances.numel():
-            self.value.copy_(auto_sigma(sq_distances))
-            self._chosen_for = held
-
-    def get_extra_state(self) -> Tensor:
-        """What keeps a loaded head from choosing the width anew at its first question."""
-        return torch.tensor(self._chosen_for)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self._chosen_for = int(state)
-
-    def follow(self, sq_distances: Tensor, valid: Tensor, momentum: float = 0.05) -> None:
-        """Move towards the width that a training batch's neighbours (B, k) ask for, as batch norm follows its mean.
-
-        Embeddings change their scale between two refreshes; a width that stays behind makes the vote too flat or too
-        sharp to learn from.
-        """
-        full = valid.all(1)
-        if isinstance(self.sigma, str) and bool(full.any()):
-            wanted = auto_sigma(sq_distances[full]).to(self.value)
-            self.value.copy_(torch.where(self.value.isnan(), wanted, self.value.lerp(wanted, momentum)))
-
-    def forward(self) -> Tensor:
-        """The width, a scalar in units of distance; 1 as long as nothing was stored."""
-        value = torch.where(self.value.isnan(), 1.0, self.value)
-        return value * self.log_factor.exp() if self.sigma == "learned" else value

@@ -61,6 +61,14 @@ class NNGKHead(KernelVoteHead):
         self.weight_lr = weight_lr
         self.track = track
 
+    @property
+    def tracks(self) -> bool:
+        return self.track
+
+    @property
+    def follows(self) -> bool:
+        return self.track
+
     def config(self) -> dict[str, Any]:
         return {
             "k": self.k,
@@ -76,8 +84,4 @@ class NNGKHead(KernelVoteHead):
     def _log_w(self, rows: Tensor) -> Tensor | None:
         if not self.weights:
             return None
-        return self._trained_rows(self.memory.column("log_weight"), rows, self.weight_lr)
-
-    def _after_step(self, z: Tensor, own: Tensor) -> None:
-        if self.track:
-            self.memory.write(own, z)
+        return self._step_rows(self.memory.column("log_weight"), rows, self.weight_lr)

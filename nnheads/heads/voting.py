@@ -10,7 +10,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..functional import Metric, Vote, neighbor_distances, vote_log_probs, vote_log_weights
 from .base import one_of, positive
-from .memory_head import MemoryHead, Width
+from .memory_head import MemoryHead
+from .width import Width
 
 
 class VotingHead(MemoryHead):
@@ -49,8 +50,8 @@ class VotingHead(MemoryHead):
         super().__init__(in_features, num_classes, k=k, metric=metric, normalize=normalize, engine=engine, dim=dim)
         one_of(self.name, "vote", vote, ("uniform", "distance", "gaussian"))
         positive(self.name, "smoothing", smoothing)
-        if sigma == "learned":
-            raise ConfigError(f"head {self.name!r}: sigma must be a number or auto, got 'learned': a vote trains nothing")
+        if isinstance(sigma, str) and sigma != "auto":
+            raise ConfigError(f"head {self.name!r}: sigma must be a number or auto, got {sigma!r}")
         self.vote: Vote = vote
         self.smoothing = smoothing
         self.width = Width(self.name, sigma)

@@ -1,0 +1,114 @@
+"""The one place that loads FAISS, and its brute-force search on tensors' own memory."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnheads.errors import ConfigError
+
+_GPU_TEMP_BYTES = 256 * 2**20  # FAISS would take 1.5 GB a device
+_GPU_MAX_K = 2048  # a limit of FAISS's GPU kernels
+
+_log = logging.getLogger(__name__)
+_gpu = threading.local()  # StandardGpuResources are not thread-safe and cost about 100 ms each
+
+
+def load_faiss() -> ModuleType:
+    """FAISS, imported when first needed; ConfigError where it cannot be."""
+    # torch is imported above: the other order has crashed or given wrong results on GPUs.
+    try:
+        import faiss
+    except Exception as error:  # a broken binary raises more than ImportError
+        raise ConfigError(
+            f"this needs the package faiss-gpu or faiss-cpu ({_line(error)}): "
+            "install it, or search with engine='torch' and keep the centers raw"
+        ) from error
+    module: ModuleType = faiss
+    return module
+
+
+@functools.cache
+def faiss_available() -> bool:
+    """Whether FAISS can be imported; where it cannot, one line in the log says so."""
+    try:
+        load_faiss()
+    except ConfigError as error:
+        _log.warning("searching with torch alone: %s", error)
+        return False
+    return True
+
+
+def faiss_nearest(queries: Tensor, keys: Tensor, offset: Tensor, k: int, metric: str) -> Tensor:
+    """Exact nearest rows by FAISS, with no copy of the tensors.
+
+    Args:
+        queries: (B, d) float32 on the keys' device (unit vectors for cosine).
+        keys: (N, d) float32 on the CPU or a CUDA device (unit vectors for cosine); all of them may be found.
+        offset: (N,) the keys' squared norms; read for L2 on the CPU alone.
+        k: at most N.
+        metric: ``"l2"``, ``"l1"`` or ``"cosine"``.
+
+    Returns:
+        (B, k) int64 rows, nearest first.
+
+    Raises:
+        ConfigError: FAISS is missing, sees no GPU where the keys are on one, or failed.
+    """
+    faiss = load_faiss()
+    queries, keys = queries.contiguous(), keys.contiguous()
+    if keys.is_cuda:
+        return _gpu_nearest(queries, keys, k, metric)
+    rows = torch.empty(len(queries), k, dtype=torch.int64)
+    distances = torch.empty(len(queries), k)
+    pointer = faiss.swig_ptr
+    vectors = (pointer(queries.numpy()), pointer(keys.numpy()), keys.shape[1], len(queries), len(keys))
+    found = (pointer(distances.numpy()), pointer(rows.numpy()))
+    try:
+        if metric == "l1":
+            faiss.knn_extra_metrics(*vectors, faiss.METRIC_L1, 0.0, k, *found)
+        elif metric == "cosine":  # not L2: a key of zeros has no unit vector
+            faiss.knn_inner_product(*vectors, k, *found)
+        else:
+            faiss.knn_L2sqr(*vectors, k, *found, pointer(offset.numpy()))
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ConfigError(f"FAISS {faiss.__version__} failed ({_line(error)}): use engine='torch'") from error
+    return rows
+
+
+def _gpu_nearest(queries: Tensor, keys: Tensor, k: int, metric: str) -> Tensor:
+    faiss = load_faiss()
+    if faiss.get_num_gpus() == 0:
+        raise ConfigError("this FAISS build sees no GPU, and the keys are on CUDA: use engine='torch' or 'auto'")
+    if k > _GPU_MAX_K:
+        raise ConfigError(f"FAISS on a GPU finds at most {_GPU_MAX_K} neighbours, got k={k}: use engine='torch'")
+    import faiss.contrib.torch_utils  # makes knn_gpu take torch tensors, on torch's current stream
+
+    device = keys.device.index or 0
+    with torch.cuda.device(device):
+        kind = {"l2": faiss.METRIC_L2, "l1": faiss.METRIC_L1, "cosine": faiss.METRIC_INNER_PRODUCT}[metric]
+        try:
+            _, rows = faiss.knn_gpu(_gpu_resources(device), queries, keys, k, metric=kind, device=device)
+        except (AssertionError, RuntimeError, TypeError) as error:
+            raise ConfigError(f"FAISS {faiss.__version__} failed ({_line(error)}): use engine='torch'") from error
+    found: Tensor = rows
+    return found
+
+
+def _gpu_resources(device: int) -> Any:
+    """FAISS's scratch memory and handles: one a device and thread, kept."""
+    kept: dict[int, Any] = _gpu.__dict__.setdefault("resources", {})
+    if device not in kept:
+        kept[device] = load_faiss().StandardGpuResources()
+        kept[device].setTempMemory(_GPU_TEMP_BYTES)
+    return kept[device]
+
+
+def _line(error: BaseException) -> str:
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

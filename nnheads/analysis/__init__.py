@@ -1,0 +1,1 @@
+"""What heads and networks agree on, layer by layer."""

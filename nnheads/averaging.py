@@ -1,0 +1,58 @@
+"""An average of a model's weights along training."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from nnheads.headed import HeadedModel
+
+
+@final
+class WeightAverage:
+    """Exponential moving average of the backbone (parameters and batch-norm statistics) and the head's parameters.
+
+    The decay of step n is ``min(decay, (1 + n) / (10 + n))``, so that a short training is not averaged with its own
+    beginning. Integer buffers are copied: an average would corrupt an index. The memory is not averaged.
+
+    Args:
+        model: what is trained.
+        decay: between 0 and 1.
+    """
+
+    def __init__(self, model: HeadedModel, decay: float) -> None:
+        self.decay = decay
+        self.steps = 0
+        self.live = nn.ModuleList([model.backbone, nn.ParameterList(model.head.parameters())])
+        self.averaged = AveragedModel(self.live, multi_avg_fn=self._average, use_buffers=True)
+
+    def update(self) -> None:
+        """Takes in the weights as they are; once a step."""
+        self.averaged.update_parameters(self.live)
+        self.steps += 1
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Puts the averaged weights into the model."""
+        if not self.steps:
+            return
+        mine = chain(self.averaged.module.parameters(), self.averaged.module.buffers())
+        for target, source in zip(chain(self.live.parameters(), self.live.buffers()), mine, strict=True):
+            target.copy_(source)
+
+    @torch.no_grad()
+    def _average(
+        self,
+        averaged: tuple[Tensor, ...] | list[Tensor],
+        current: tuple[Tensor, ...] | list[Tensor],
+        _: Tensor | int,
+    ) -> None:
+        if averaged[0].is_floating_point():
+            decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+            get_ema_multi_avg_fn(decay)(averaged, current, self.steps)
+        else:
+            torch._foreach_copy_(averaged, current)

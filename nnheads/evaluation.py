@@ -1,0 +1,156 @@
+"""A model on whole data sets: its embeddings, its answers and how good they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnheads.devices import Precision, autocast_for, prefers_channels_last, resolve_device
+from nnheads.errors import DataError
+from nnheads.headed import HeadedModel
+from nnheads.loaders import Batches, Data, Target, ordered_batches
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The answers of a model on a data set.
+
+    Attributes:
+        log_probs: (N, C) float32 log-probabilities, on the CPU.
+        labels: (N,) int64, on the CPU.
+        seconds: how long it took, loading included.
+    """
+
+    log_probs: Tensor
+    labels: Tensor
+    seconds: float
+
+    @property
+    def predictions(self) -> Tensor:
+        """(N,) int64, the likeliest class of each."""
+        return self.log_probs.argmax(1)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, 0 to 1."""
+        return float((self.predictions == self.labels).double().mean())
+
+    @property
+    def log_loss(self) -> float:
+        """Mean negative log-probability of the right class; infinite where a label is no class of the head."""
+        return float(F.nll_loss(self._wide().double(), self.labels))
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error of the likeliest class, in 15 bins of equal width, 0 to 1."""
+        from torchmetrics.functional.classification import multiclass_calibration_error
+
+        wide = self._wide()
+        return float(multiclass_calibration_error(wide.exp(), self.labels, wide.shape[1], n_bins=15, norm="l1"))
+
+    def _wide(self) -> Tensor:
+        """The log-probabilities with a column for each label that occurs."""
+        missing = int(self.labels.max()) + 1 - self.log_probs.shape[1]
+        return F.pad(self.log_probs, (0, max(0, missing)), value=-torch.inf)
+
+
+def evaluate(
+    model: HeadedModel,
+    data: Data,
+    *,
+    batch_size: int = 512,
+    device: str | torch.device = "auto",
+    precision: Precision = "auto",
+    leave_one_out: bool = False,
+) -> Evaluation:
+    """The answers of a model on a data set, in evaluation mode.
+
+    Args:
+        model: moved to ``device``; otherwise unchanged.
+        data: an `ImageSet`, a data set of (x, y) or (x, y, id), or a loader. Every sample counts once, in the order of
+            the data set, also where a loader shuffles.
+        batch_size: of what is not a loader already.
+        device: see `resolve_device`.
+        precision: see `resolve_precision`.
+        leave_one_out: whether the samples are those in the memory and each is to be judged without itself, by its id.
+
+    Raises:
+        DataError: there are no samples, or what is given is no data set.
+    """
+    started = time.perf_counter()
+
+    def answer(x: Tensor, ids: Tensor) -> Tensor:
+        return model(x, ids=ids if leave_one_out else None)  # type: ignore[no-any-return]
+
+    log_probs, labels, _ = _over(model, data, answer, batch_size, device, precision)
+    return Evaluation(log_probs, labels, time.perf_counter() - started)
+
+
+def embed(
+    model: HeadedModel,
+    data: Data,
+    *,
+    batch_size: int = 512,
+    device: str | torch.device = "auto",
+    precision: Precision = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The embeddings of a data set, in evaluation mode and in the order of the data set.
+
+    Args:
+        model, data, batch_size, device, precision: as in `evaluate`.
+
+    Returns:
+        Embeddings (N, d), float32 or float64, labels (N,) and ids (N,), int64, all on the CPU; id -1 where there is
+        none.
+
+    Raises:
+        DataError: as in `evaluate`.
+    """
+    return _over(model, data, lambda x, ids: model.features(x), batch_size, device, precision)
+
+
+def target_for(model: HeadedModel, device: torch.device, precision: Precision, **fields: Any) -> Target:
+    """What batches for a model on a device look like."""
+    dtypes = [p.dtype for p in model.backbone.parameters() if p.is_floating_point()]
+    return Target(
+        device,
+        dtypes[0] if dtypes else torch.float32,
+        model.preprocessing,
+        channels_last=prefers_channels_last(device, precision),
+        **fields,
+    )
+
+
+@torch.no_grad()
+def _over(
+    model: HeadedModel,
+    data: Data,
+    function: Callable[[Tensor, Tensor], Tensor],
+    batch_size: int,
+    device: str | torch.device,
+    precision: Precision,
+) -> tuple[Tensor, Tensor, Tensor]:
+    where = resolve_device(device)
+    model.to(where)
+    batches: Batches = ordered_batches(data, target_for(model, where, precision), batch_size=batch_size)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    parts = []
+    try:
+        for x, y, ids in batches:
+            with autocast_for(where, precision):
+                found = function(x, ids)
+            parts.append((found if found.dtype == torch.float64 else found.float(), y, ids))
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not parts:
+        raise DataError("there are no samples to evaluate: the data set is empty")
+    results, labels, all_ids = zip(*parts, strict=True)
+    return torch.cat(results).cpu(), torch.cat(labels).cpu(), torch.cat(all_ids).cpu()

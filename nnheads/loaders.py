@@ -1,0 +1,279 @@
+"""Whatever a user trains on, an `ImageSet`, a data set or a loader, as batches (x, y, ids) ready for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from nnheads.data import Augmentation, BatchLoader, ImageSet, WithIds, get_augmentation, with_ids
+from nnheads.errors import ConfigError, DataError, ShapeError
+from nnheads.preprocessing import Preprocessing
+
+Data = ImageSet | BatchLoader | Dataset[Any] | Iterable[Any]
+"""An `ImageSet`; a map-style data set of (x, y) or (x, y, id); or batches of these, from a loader."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What batches are made for.
+
+    Attributes:
+        device: where they go.
+        dtype: of floating-point inputs.
+        preprocessing: what uint8 images go through.
+        num_classes: labels must be below; None for no such bound.
+        needs_ids: whether samples without an id are an error.
+        channels_last: memory format of images.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    preprocessing: Preprocessing | None = None
+    num_classes: int | None = None
+    needs_ids: bool = False
+    channels_last: bool = False
+
+
+@final
+class Batches:
+    """Batches (x, y, ids) on the target's device; ids are -1 where there are none.
+
+    Args:
+        source: yields (x, y) or (x, y, ids) a batch.
+        target: see `Target`.
+        augment: for uint8 images.
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self, source: Iterable[Any], target: Target, augment: Augmentation | None = None, seed: int = 0
+    ) -> None:
+        self.source = source
+        self.target = target
+        self.augment = augment
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def steps(self) -> int | None:
+        """Number of batches; None where the source cannot tell, as a loader over a stream cannot."""
+        try:
+            return len(self.source) if isinstance(self.source, Sized) else None
+        except TypeError:
+            return None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        target = self.target
+        for batch in self.source:
+            x, y, ids = self._unpack(batch)
+            # Compared before the transfer: afterwards it would make a GPU wait.
+            if target.num_classes is not None and y.dim() == 1 and len(y) and y.device.type == "cpu":
+                low, high = int(y.min()), int(y.max())
+                if low < 0 or high >= target.num_classes:
+                    label, last = (low if low < 0 else high), target.num_classes - 1
+                    raise ShapeError(
+                        f"label {label} is outside the head's classes 0 to {last}: "
+                        f"attach_head(num_classes=) or model.head.widen({high + 1})"
+                    )
+            x = x.to(target.device, non_blocking=True)
+            if x.dtype == torch.uint8:
+                x = self._prepare(x)
+            elif x.is_floating_point():
+                x = x.to(target.dtype)
+            if target.channels_last and x.dim() == 4:
+                x = x.contiguous(memory_format=torch.channels_last)
+            yield x, y.to(target.device, non_blocking=True), ids.to(target.device, non_blocking=True)
+
+    def _unpack(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if not isinstance(batch, tuple | list) or len(batch) not in (2, 3) or not isinstance(batch[0], Tensor):
+            raise DataError("a batch must be (x, y) or (x, y, ids) with a tensor x; see nnheads.with_ids")
+        x, y = batch[0], torch.as_tensor(batch[1])
+        if len(batch) == 2:
+            if self.target.needs_ids:
+                raise DataError("the head stores samples and needs their ids: let the loader yield (x, y, ids)")
+            return x, y, torch.full((len(y),), -1)
+        ids = torch.as_tensor(batch[2])
+        if ids.is_floating_point() or ids.shape != (len(y),):
+            raise DataError(f"ids must be integers of shape ({len(y)},), got {ids.dtype} {tuple(ids.shape)}")
+        if self.target.needs_ids and len(ids) > 1 and bool((ids == ids[0]).all()):
+            raise DataError(
+                f"all ids of a batch are {int(ids[0])}: the third item must be the samples' ids, not their task"
+            )
+        return x, y, ids.long()
+
+    def _prepare(self, x: Tensor) -> Tensor:
+        preprocessing = _required(self.target)
+        if self.augment is not None:
+            x = self.augment(x, self.generator)
+        return preprocessing(x).to(self.target.dtype)
+
+
+def training_batches(data: Data, target: Target, *, batch_size: int, augment: str, seed: int) -> Batches:
+    """Shuffled batches to train on; a loader keeps its own order, batch size and workers."""
+    augmentation = None if augment == "none" else get_augmentation(augment)
+    if isinstance(data, ImageSet):
+        # Batch normalisation cannot train on a single sample.
+        alone = len(data) > batch_size and len(data) % batch_size == 1
+        images = BatchLoader(
+            data,
+            _required(target),
+            batch_size,
+            shuffle=True,
+            augment=augmentation,
+            seed=seed,
+            drop_last=alone,
+            device=target.device,
+            channels_last=target.channels_last,
+        )
+        return Batches(images, target)
+    if isinstance(data, BatchLoader):
+        return Batches(data, target)
+    if isinstance(data, DataLoader):
+        return Batches(_identified(data), target, augmentation, seed)
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        count = _count(data)
+        loader = DataLoader(
+            _with_ids(data),
+            batch_size,
+            shuffle=True,
+            drop_last=count > batch_size and count % batch_size == 1,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return Batches(loader, target, augmentation, seed)
+    return Batches(_iterable(data), target, augmentation, seed)
+
+
+def ordered_batches(data: Data, target: Target, *, batch_size: int = 512, most: int | None = None) -> Batches:
+    """Every sample once, in order and without our augmentation; transforms inside a data set stay what they are.
+
+    Args:
+        data: as in `training_batches`; the same samples get the same ids.
+        target: see `Target`.
+        batch_size: of what is not a loader already.
+        most: at most about so many samples, drawn at random.
+    """
+    if isinstance(data, BatchLoader):
+        target = replace(target, preprocessing=data.preprocessing)
+        data = data.data
+    if isinstance(data, ImageSet):
+        if most is not None and most < len(data):
+            data = data.subset(torch.randperm(len(data))[:most])
+        images = BatchLoader(
+            data, _required(target), batch_size, device=target.device, channels_last=target.channels_last
+        )
+        return Batches(images, target)
+    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+        order: Sequence[int] = _order(data.dataset, most)
+        same: DataLoader[Any] = DataLoader(
+            _with_ids(data.dataset),
+            max(data.batch_size or 1, 128),
+            sampler=order,
+            num_workers=data.num_workers,
+            collate_fn=_collate(data),
+            pin_memory=data.pin_memory,
+            worker_init_fn=data.worker_init_fn,
+            multiprocessing_context=data.multiprocessing_context,
+        )
+        return Batches(same, target)
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return Batches(DataLoader(_with_ids(data), batch_size, sampler=_order(data, most)), target)
+    return Batches(_iterable(data), target)
+
+
+def _required(target: Target) -> Preprocessing:
+    if target.preprocessing is None:
+        raise ConfigError(
+            "the images are uint8 and the model has no preprocessing: set model.preprocessing = Preprocessing(...)"
+        )
+    return target.preprocessing
+
+
+def preprocessing_of(data: ImageSet) -> Preprocessing:
+    """The preprocessing that images need by themselves: their size, and mean and deviation of each channel."""
+    channels, height, width = data.images.shape[1:]
+    some = data.images[torch.linspace(0, len(data) - 1, min(len(data), 10_000)).long()] if len(data) else data.images
+    counts = torch.stack([torch.bincount(some[:, c].flatten().long(), minlength=256) for c in range(channels)]).double()
+    share = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean = share @ levels
+    std = ((share * (levels - mean[:, None]).square()).sum(1)).sqrt().clamp_min(1 / 255)
+    numbers = [tuple(round(float(v), 4) for v in each) for each in (mean, std)]
+    return Preprocessing((height, width), channels, numbers[0], numbers[1])
+
+
+@final
+class _CollateWithIds:
+    """A loader's own collate function sees (x, y) as ever; the ids go beside it. Picklable, for worker processes."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[Any]) -> tuple[Any, Any, Tensor]:
+        batch = self.collate([(x, y) for x, y, _ in items])
+        return batch[0], batch[1], torch.tensor([int(i) for *_, i in items])
+
+
+def _identified(loader: DataLoader[Any]) -> Iterable[Any]:
+    """The same loader over the same data set with ids; one that has ids, or cannot have any, as it is."""
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset) or loader.batch_sampler is None or _has_ids(dataset):
+        return loader
+    return DataLoader(
+        with_ids(dataset),
+        batch_sampler=loader.batch_sampler,  # whatever it shuffles or balances are positions, which stay the same
+        num_workers=loader.num_workers,
+        collate_fn=_collate(loader),
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def _collate(loader: DataLoader[Any]) -> Callable[[list[Any]], Any] | None:
+    # The collate function of an unbatched loader takes single items: it has no use here.
+    if loader.batch_sampler is None:
+        return default_collate
+    return loader.collate_fn if _has_ids(loader.dataset) else _CollateWithIds(loader.collate_fn)
+
+
+def _has_ids(dataset: Dataset[Any]) -> bool:
+    if isinstance(dataset, ImageSet | WithIds):
+        return True
+    if not _count(dataset):
+        return False
+    item = dataset[0]
+    return isinstance(item, tuple | list) and len(item) == 3
+
+
+def _with_ids(dataset: Dataset[Any]) -> Dataset[Any]:
+    return dataset if _has_ids(dataset) else with_ids(dataset)
+
+
+def _order(dataset: Dataset[Any], most: int | None) -> Sequence[int]:
+    count = _count(dataset)
+    if most is None or most >= count:
+        return range(count)
+    order: list[int] = torch.randperm(count)[:most].tolist()
+    return order
+
+
+def _count(dataset: Dataset[Any]) -> int:
+    if not isinstance(dataset, Sized):
+        raise DataError(f"{type(dataset).__name__} has no length: give a data set with __len__, or a loader")
+    return len(dataset)
+
+
+def _iterable(data: Any) -> Iterable[Any]:
+    if isinstance(data, Iterable) and not isinstance(data, Iterator):
+        return data
+    raise DataError(
+        f"data must be an ImageSet, a data set or a loader that can be iterated again, not {type(data).__name__}"
+    )

@@ -1,0 +1,159 @@
+"""Folders that are replaced only as a whole, and tensors in safetensors files that are checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnheads.errors import CheckpointError
+
+
+@contextmanager
+def replacing(path: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """Gives an empty folder to write to, which takes the place of ``path`` once the block ends without an error.
+
+    Args:
+        path: the folder to write or replace.
+        ours: tells whether a folder that is there may be replaced; an empty one always may.
+
+    Raises:
+        CheckpointError: what is there may not be replaced, or the disk does not take the new folder. What was there
+            is intact then.
+    """
+    target = Path(os.path.realpath(path))
+    recover(target)
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or ours(target))):
+        raise CheckpointError(f"{path} holds something that is not a saved model: choose another folder or empty it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        try:
+            # mkdtemp lets only its owner in; the folder shall be as readable as any other.
+            umask = os.umask(0)
+            os.umask(umask)
+            made.chmod(0o777 & ~umask)
+            yield made
+            _sync_folder(made)
+            _swap(made, target)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"cannot save to {path} ({reason}): free space or choose another folder") from error
+
+
+def recover(path: Path) -> None:
+    """Brings back the old folder where a process was killed after moving it aside and before replacing it."""
+    target = Path(os.path.realpath(path))
+    aside = _aside(target)
+    if not target.exists() and aside.exists():
+        aside.rename(target)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file through to the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_tensors(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Writes a state dict through to the disk.
+
+    Returns:
+        ``bytes`` and ``sha256`` of the file, by which `read_tensors` knows it again.
+
+    Raises:
+        CheckpointError: something in it is no dense tensor.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError(f"cannot save {name!r}, a {type(value).__name__}: only dense tensors can be saved")
+        # A copy each: tensors that share memory are refused otherwise.
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    save_file(tensors, path)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+
+
+def read_tensors(path: Path, recorded: Any) -> dict[str, Tensor]:
+    """Reads what `write_tensors` wrote.
+
+    Args:
+        path: the file.
+        recorded: what `write_tensors` returned.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, changed, or no safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not isinstance(recorded, dict) or not {"bytes", "sha256"} <= set(recorded):
+        raise CheckpointError(f"{path}: its size was not recorded: copy the folder anew, or save the model again")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: copy the whole folder, or save the model again")
+    size = path.stat().st_size
+    if size != recorded["bytes"]:
+        raise CheckpointError(
+            f"{path} has {size} bytes where {recorded['bytes']} were written: copy the folder anew, or save the "
+            "model again"
+        )
+    if _digest(path) != recorded["sha256"]:
+        raise CheckpointError(f"{path} was changed after it was written: copy the folder anew, or save the model again")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file ({error}): save the model again") from error
+    return tensors
+
+
+def _swap(made: Path, target: Path) -> None:
+    """Puts the complete folder in its place; a kill between the two renames is mended by `recover`."""
+    aside = _aside(target)
+    if target.exists():
+        if aside.exists():
+            shutil.rmtree(aside)
+        target.rename(aside)
+    try:
+        made.rename(target)
+    except BaseException:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    _sync_folder(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,164 @@
+"""Train a headed model: `fit`. `evaluate` and `embed` are here too, for what is trained is then asked."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nnheads.data import ImageSet
+from nnheads.devices import Precision, resolve_device
+from nnheads.errors import ConfigError, DataError
+from nnheads.evaluation import Evaluation, embed, evaluate
+from nnheads.headed import HeadedModel
+from nnheads.interrupt import InterruptFlag
+from nnheads.io import save
+from nnheads.loaders import Data, preprocessing_of
+from nnheads.progress import Progress, reporter
+from nnheads.training_run import History, TrainingRun, fills_first, refreshes_after
+
+__all__ = ["Evaluation", "History", "Progress", "embed", "evaluate", "fit", "resolve_device"]
+
+_REFRESH_EVERY = 4  # epochs, for heads whose centers do not follow by themselves: a twelfth of the cost of training
+_INTERRUPTED_SAMPLES = 4096  # enough for a vote, seconds to embed
+
+
+def fit(
+    model: HeadedModel,
+    data: Data,
+    *,
+    epochs: int = 10,
+    batch_size: int = 128,
+    lr: float = 0.1,
+    optimizer: Literal["sgd", "adamw"] = "sgd",
+    weight_decay: float = 5e-4,
+    schedule: Literal["onecycle", "constant"] = "onecycle",
+    augment: str = "none",
+    device: str | torch.device = "auto",
+    precision: Precision = "auto",
+    refresh: Literal["auto"] | int = "auto",
+    ema: float | None = None,
+    seed: int = 0,
+    progress: bool | Callable[[Progress], None] = True,
+    checkpoint: str | Path | None = None,
+) -> History:
+    """Trains backbone and head with the head's own objective, and leaves the memory filled and fresh.
+
+    The memory costs little: heads that train with their centers store each embedding as the first epoch produces
+    it, and centers then follow their samples, so the only extra pass is the last one, in evaluation mode. The kernel
+    head's centers and alphas are learned where the backbone is frozen, and follow the samples elsewhere. On a CPU,
+    the same seed gives the same weights; the caller's random numbers are left as they were.
+
+    Args:
+        model: what ``attach_head`` returned. It stays on ``device``, in evaluation mode.
+        data: an `ImageSet`, a map-style data set of (x, y) or (x, y, id), or a loader of batches of these. Ids are
+            added where there are none (a ``DataLoader`` is rebuilt with its sampler, workers and collate function).
+            Transforms inside a data set also apply to what the memory stores; ``augment`` does not. An `ImageSet` also
+            gives the model its class names and, from its own statistics, a preprocessing, where it has none.
+        epochs: passes over the data; 0 only fills the memory.
+        batch_size: of what is not a loader already.
+        lr: learning rate, the highest one of the schedule.
+        optimizer: ``"sgd"``, with Nesterov momentum 0.9, or ``"adamw"``.
+        weight_decay: not applied to biases, norms and other one-dimensional parameters.
+        schedule: ``"onecycle"`` (30 % warm-up, then cosine decay; by step) or ``"constant"``.
+        augment: of uint8 images, see `nnheads.data.get_augmentation`.
+        device: see `resolve_device`.
+        precision: see `nnheads.devices.resolve_precision`.
+        refresh: epochs between passes that embed all stored samples anew; 0: before and after training only.
+            ``"auto"``: before where centers are fixed, every 4 epochs where they do not follow their samples.
+            After training there always is one, except where learned or fixed centers are to stay.
+        ema: decay of an average of the weights, for instance 0.99; the averaged model is what is left, and embeds the
+            memory. Batch-norm statistics are averaged likewise. The decay starts low and rises to the value given.
+        seed: of order, augmentation and dropout.
+        progress: a progress bar, or a line an epoch where there is no terminal, on stderr; or a function, called
+            after each step; or False.
+        checkpoint: folder to `nnheads.save` the model to, at the end or on Ctrl-C.
+
+    Returns:
+        See `History`.
+
+    Raises:
+        ConfigError: an option that cannot work, or the loss becomes NaN or infinite.
+        DataError: there are no samples, or a memory head gets a loader without ids.
+        KeyboardInterrupt: on Ctrl-C, after the current step is finished, a usable memory made (centers are left as
+            training has them; an empty memory gets 4,096 samples) and the checkpoint written. A second Ctrl-C ends at
+            once. Only the main thread can be interrupted so.
+    """
+    _check_options(epochs, lr, weight_decay, optimizer, schedule, refresh, ema)
+    started = time.perf_counter()
+    where = resolve_device(device)
+    if isinstance(data, ImageSet):
+        _describe(model, data)
+    model.to(where)
+    devices = [where.index or 0] if where.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), reporter(progress) as report, InterruptFlag() as interrupt:
+        torch.manual_seed(seed)
+        run = TrainingRun(model, data, where, precision, lr, report, interrupt)
+        run.prepare(epochs, batch_size, optimizer, weight_decay, schedule, augment, ema, seed)
+        try:
+            if model.head.uses_memory and fills_first(model.head, refresh, epochs):
+                run.embed_memory()
+            for epoch in range(epochs):
+                run.epoch(epoch)
+                if interrupt.requested:
+                    break
+                if run.trains_with_memory and epoch + 1 < epochs and refreshes_after(model.head, refresh, epoch):
+                    run.embed_memory()
+            run.finish()
+        finally:
+            model.eval()
+            if run.reordered:  # saved and loaded weights are in this order: outputs stay the same to the last bit
+                model.backbone.to(memory_format=torch.contiguous_format)
+        run.history.seconds = time.perf_counter() - started
+        if checkpoint is not None:
+            save(model, checkpoint)
+        if interrupt.requested:
+            raise KeyboardInterrupt(
+                f"interrupted after {run.step} steps" + (f"; saved to {checkpoint}" if checkpoint is not None else "")
+            )
+    return run.history
+
+
+# ---- setting up --------------------------------------------------------------------------------------------------
+
+
+def _check_options(
+    epochs: int,
+    lr: float,
+    weight_decay: float,
+    optimizer: str,
+    schedule: str,
+    refresh: str | int,
+    ema: float | None,
+) -> None:
+    for name, value, allowed in (
+        ("optimizer", optimizer, ("sgd", "adamw")),
+        ("schedule", schedule, ("onecycle", "constant")),
+    ):
+        if value not in allowed:
+            raise ConfigError(f"fit: {name} must be one of {', '.join(allowed)}, got {value!r}")
+    if epochs < 0:
+        raise ConfigError(f"fit: epochs must be 0 or more, got {epochs}")
+    if not (lr > 0 and math.isfinite(lr)):
+        raise ConfigError(f"fit: lr must be above 0, got {lr}")
+    if weight_decay < 0:
+        raise ConfigError(f"fit: weight_decay must be 0 or more, got {weight_decay}")
+    if refresh != "auto" and (not isinstance(refresh, int) or refresh < 0):
+        raise ConfigError(f"fit: refresh must be 'auto' or a number of epochs, got {refresh!r}")
+    if ema is not None and not 0 < ema < 1:
+        raise ConfigError(f"fit: ema must be between 0 and 1, got {ema}")
+
+
+def _describe(model: HeadedModel, data: ImageSet) -> None:
+    """What an image set knows and the model does not: classes, their names, preprocessing."""
+    if not len(data):
+        raise DataError("there is nothing to train on: the data set is empty")
+    model.head.widen(int(data.labels.max()) + 1)
+    if model.preprocessing is None:
+        model.preprocessing = preprocessing_of(data)
+    if model.class_names is None and len(data.class_names) == model.head.num_classes:
+        model.class_names = data.class_names

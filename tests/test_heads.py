@@ -1,0 +1,164 @@
+"""Every registered head, and the options that change its course, under the contract suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nnheads.errors import ConfigError, UnknownNameError
+from nnheads.heads import Head, MemoryHead, build_head, list_heads, register_head, registry
+from nnheads.testing import check_head, head_checks
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in list_heads()},
+    "dense-hidden": ("dense", {"hidden": [12, 8], "activation": "tanh"}),
+    "dense-nobias": ("dense", {"bias": False}),
+    "knn-1": ("knn", {"k": 1}),
+    "knn-l1": ("knn", {"k": 5, "metric": "l1"}),
+    "knn-cosine": ("knn", {"k": 5, "metric": "cosine"}),
+    "knn-pca": ("knn", {"k": 5, "pca": 4}),
+    "knn-pca-normalized": ("knn", {"k": 5, "pca": 4, "normalize": True}),
+    "knn-distance": ("knn", {"k": 5, "vote": "distance"}),
+    "knn-gaussian": ("knn", {"k": 5, "vote": "gaussian"}),
+    "nca-log": ("nca", {"objective": "log", "distance": "sqeuclidean", "k": 4}),
+    "nca-subset": ("nca", {"per_class": 8, "normalize": True, "vote": "gaussian", "sigma": 0.5}),
+    "nngk-normalized": ("nngk", {"k": 6, "normalize": True, "sigma": "learned"}),
+    "nngk-plain": ("nngk", {"k": 6, "weights": False, "track": False}),
+    "impostor-tied": ("impostor", {"k": 6, "centers": "tied"}),
+    "impostor-fixed": ("impostor", {"k": 6, "centers": "fixed", "normalize": True}),
+    "impostor-learned": ("impostor", {"k": 6, "sigma": "learned", "floor": 1e-4}),
+    "impostor-sigma": ("impostor", {"sigma": 0.2}),
+    "kernel-all": ("kernel", {"k": None}),
+    "kernel-learned": ("kernel", {"k": 6, "sigma": "learned", "alpha": 0.5}),
+    "knn-torch": ("knn", {"k": 5, "engine": "torch"}),
+    "nngk-faiss": ("nngk", {"k": 6, "engine": "faiss"}),
+}
+
+
+@pytest.mark.parametrize("check", head_checks())
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_contract(variant: str, check: str) -> None:
+    name, options = VARIANTS[variant]
+    if check == "double" and options.get("engine") == "faiss":
+        pytest.skip("FAISS searches float32 only, and the index says so")
+    head_checks()[check](name, **options)
+
+
+@pytest.fixture
+def broken() -> Iterator[type[Head]]:
+    """A head that gets most of the contract wrong."""
+
+    class BrokenHead(Head):
+        uses_memory = False
+        differentiable = False  # it is
+        trains_with = "objective"
+
+        def __init__(self, in_features: int, num_classes: int, *, scale: float = 1.0) -> None:
+            super().__init__(in_features, num_classes)
+            self.weight = torch.nn.Parameter(torch.randn(in_features, num_classes))
+
+        def config(self) -> dict[str, Any]:
+            return {}
+
+        def _log_probs(self, z: Tensor, ids: Tensor | None) -> Tensor:
+            return z.to(self.weight.dtype) @ self.weight  # not normalized
+
+    register_head("broken")(BrokenHead)
+    yield BrokenHead
+    del registry._HEADS["broken"]
+
+
+@pytest.mark.parametrize(
+    ("check", "says"),
+    [
+        ("output", "do not sum to one"),
+        ("flags", "differentiable is False"),
+        ("configuration", r"config\(\) gives"),
+        ("unseen_class", "output is"),
+    ],
+)
+@pytest.mark.usefixtures("broken")
+def test_checks_catch_a_broken_head(check: str, says: str) -> None:
+    with pytest.raises(AssertionError, match=says) as caught:
+        head_checks()[check]("broken", scale=2.0)
+    assert str(caught.value).startswith(f"head 'broken' {{'scale': 2.0}}: {check}: ")
+
+
+@pytest.mark.usefixtures("broken")
+def test_check_head_stops_at_a_broken_head() -> None:
+    with pytest.raises(AssertionError):
+        check_head("broken")
+
+
+def test_check_head_leaves_the_random_state() -> None:
+    state = torch.get_rng_state()
+    check_head("dense")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_taken_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="already registered by"):
+
+        @register_head("broken")
+        class Other(Head):
+            pass
+
+
+def test_unknown_names_are_answered() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown head 'nngkk'; known: .*; did you mean 'nngk'"):
+        build_head("nngkk", 4, 2)
+    with pytest.raises(ConfigError, match="has no option 'kk'; options: k, "):
+        build_head("knn", 4, 2, kk=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("knn", {"k": 0}),
+        ("knn", {"k": 2.5}),
+        ("knn", {"k": True}),
+        ("knn", {"metric": "l3"}),
+        ("knn", {"vote": "loud"}),
+        ("knn", {"pca": 9}),
+        ("knn", {"pca": 0}),
+        ("knn", {"smoothing": 0}),
+        ("knn", {"vote": "gaussian", "sigma": "learned"}),
+        ("nca", {"objective": "other"}),
+        ("nca", {"distance": "l1"}),
+        ("nca", {"per_class": 0}),
+        ("nca", {"k": -1}),
+        ("nca", {"k": 0}),
+        ("nngk", {"sigma": "wide"}),
+        ("nngk", {"sigma": 0}),
+        ("nngk", {"sigma": float("nan")}),
+        ("nngk", {"floor": 0.0}),
+        ("nngk", {"floor": 0.5}),
+        ("nngk", {"engine": "annoy"}),
+        ("impostor", {"centers": "free"}),
+        ("impostor", {"tie": -1}),
+        ("impostor", {"center_lr": -1}),
+        ("kernel", {"alpha": 0}),
+        ("kernel", {"k": 0}),
+        ("dense", {"hidden": [0]}),
+        ("dense", {"activation": "sin"}),
+    ],
+)
+def test_impossible_options_are_refused_in_one_line(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_head(name, 8, 3, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in list_heads() if build_head(name, 4, 2).uses_memory])
+@pytest.mark.parametrize("k", [0, -1])
+def test_neighbors_refuses_k_below_one(name: str, k: int) -> None:
+    head = build_head(name, 4, 2).eval()
+    assert isinstance(head, MemoryHead)
+    head.add(torch.randn(6, 4), torch.arange(6) % 2)
+    with pytest.raises(ConfigError, match="k must be"):
+        head.neighbors(torch.randn(2, 4), k=k)
