@@ -206,7 +206,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 def _build_head(folder: Path, fields: dict[str, Any], state: dict[str, Tensor]) -> Head:
     try:
-        head = build_head(fields["name"], fields["in_features"], fields["num_classes"], **fields["config"])
+        with torch.random.fork_rng(devices=[]):  # its first weights are random, and replaced at once
+            head = build_head(fields["name"], fields["in_features"], fields["num_classes"], **fields["config"])
     except UnknownNameError as error:
         raise CheckpointError(f"{folder}: {error}; import the module that registers this head first") from error
     _match_dtypes(head, state)

@@ -60,7 +60,7 @@ def test_kernel_vote(data: tuple[Tensor, Tensor, Tensor, Tensor], weighted: bool
 
 def test_impostor_objective_eq8(data: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     z, c, y, _ = data
-    head = filled("impostor", data, tie=0.3, floor=1e-30)
+    head = filled("impostor", data, tie=0.3, floor=1e-30, auxiliary=0.0)
     labels, ids = y[:B], torch.arange(B)
     expected = 0.0
     for b in range(B):

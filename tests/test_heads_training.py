@@ -70,7 +70,7 @@ def test_tracking(name: str, options: dict[str, Any], follows: bool) -> None:
 
 
 def test_loose_centers_take_the_gradient_step_of_the_formula() -> None:
-    head, z, y, ids = make("impostor", k=N - 1, sigma=0.8, tie=0.25, center_lr=0.1, floor=1e-12)
+    head, z, y, ids = make("impostor", k=N - 1, sigma=0.8, tie=0.25, center_lr=0.1, floor=1e-12, auxiliary=0.0)
     centers = z.clone().requires_grad_()
     query = z + 0.3
     sq = (query.unsqueeze(1) - centers).square().sum(-1)
@@ -85,11 +85,11 @@ def test_loose_centers_take_the_gradient_step_of_the_formula() -> None:
     torch.autograd.grad(loss, leaf, retain_graph=True)
     torch.testing.assert_close(head.memory.keys[:N], z)  # asking for a gradient is no step
     loss.backward()
-    torch.testing.assert_close(head.memory.keys[:N], z - N * 0.1 * (0.8**2 * by_vote + by_tie))
+    torch.testing.assert_close(head.memory.keys[:N], z - N * 0.1 * (0.8**2 * by_vote + by_tie / (2 * 0.25)))
 
 
 def test_weights_take_the_gradient_step_of_the_formula() -> None:
-    head, z, y, ids = make("nngk", k=N - 1, sigma=0.8, weight_lr=0.2, track=False, floor=1e-12)
+    head, z, y, ids = make("nngk", k=N - 1, sigma=0.8, weight_lr=0.2, track=False, floor=1e-12, auxiliary=0.0)
     log_w = torch.zeros(N, requires_grad=True)
     scores = -torch.cdist(z, z).square() / (2 * 0.8**2) + log_w
     shares = scores.masked_fill(torch.eye(N, dtype=torch.bool), -torch.inf).softmax(1)
@@ -100,7 +100,7 @@ def test_weights_take_the_gradient_step_of_the_formula() -> None:
 
 
 def test_the_tie_pulls_a_center_onto_its_sample() -> None:
-    head, z, y, ids = make("impostor", k=3, tie=1.0, center_lr=0.5)
+    head, z, y, ids = make("impostor", k=3, tie=1.0, center_lr=1.0, auxiliary=0.0)
     head.memorize(z, y * 0, ids=ids)  # one class: the vote pulls nowhere
     leaf = (z + 1).requires_grad_()
     head.loss(leaf, y * 0, ids=ids).backward()
@@ -110,7 +110,7 @@ def test_the_tie_pulls_a_center_onto_its_sample() -> None:
 
 
 def test_a_sample_repeated_in_a_batch_does_not_overshoot() -> None:
-    head, z, y, ids = make("impostor", k=3, tie=1.0, center_lr=0.5)
+    head, z, y, ids = make("impostor", k=3, tie=1.0, center_lr=1.0, auxiliary=0.0)
     head.memorize(z, y * 0, ids=ids)
     batch = torch.tensor([0, 0, 0, 0, 1])
     head.loss((z[batch] + 1).requires_grad_(), y[batch] * 0, ids=ids[batch]).backward()
@@ -219,3 +219,21 @@ def test_an_ordinary_loop_learns_digits(name: str, options: dict[str, Any], by_o
         head.refreshed()
         accuracy = (head(backbone(x[1000:])).argmax(1) == y[1000:]).float().mean().item()
     assert accuracy >= bar
+
+
+@pytest.mark.parametrize("name", ["nngk", "impostor"])
+def test_the_auxiliary_dense_layer_has_its_share_and_leaves_unseen_classes_alone(name: str) -> None:
+    head, z, y, ids = make(name, auxiliary=0.6, **({"tie": 0.0} if name == "impostor" else {}))
+    vote = F.nll_loss(head(z, ids=ids), y)
+    dense = head.get_submodule("dense.layer")
+    seen = y.unique()
+    logits = dense(z)[:, seen]
+    expected = 0.4 * vote + 0.6 * F.cross_entropy(logits, torch.searchsorted(seen, y))
+    torch.testing.assert_close(head.loss(z, y, ids=ids), expected)
+    unseen = torch.ones(C, dtype=torch.bool)
+    unseen[y[:1]] = False
+    fresh, z, y, ids = make(name, auxiliary=0.6)
+    fresh.loss(z[:1], y[:1], ids=ids[:1]).backward()
+    gradient = fresh.get_parameter("dense.layer.weight").grad
+    assert gradient is not None
+    assert not bool(gradient[unseen].any())

@@ -29,9 +29,11 @@ class ImpostorHead(KernelVoteHead):
         k: number of neighbours.
         sigma: width: a number, ``"auto"`` (chosen at each refresh) or ``"learned"``.
         centers: ``"loose"``, ``"tied"`` or ``"fixed"``.
-        tie: lambda of the tie, in units of one over squared distance.
-        center_lr: step size of loose centers; ``center_lr * tie = 0.5`` moves a center onto its sample at each visit.
+        tie: lambda of the tie, in units of one over squared distance: how strongly the backbone is held back.
+        center_lr: share of the way that a loose center goes, at each visit, to its sample and to the samples whose vote
+            pulls it.
         floor: smallest probability of a class.
+        auxiliary: share of a dense layer's cross-entropy in `loss`, see `KernelVoteHead`; 0 is the paper's own loss.
         normalize: scale embeddings to unit length.
         engine: see `nnheads.index.build_index`.
     """
@@ -44,13 +46,23 @@ class ImpostorHead(KernelVoteHead):
         k: int = 32,
         sigma: float | Literal["auto", "learned"] = "auto",
         centers: Literal["loose", "tied", "fixed"] = "loose",
-        tie: float = 1.0,
-        center_lr: float = 0.4,
+        tie: float = 0.002,
+        center_lr: float = 0.5,
         floor: float = 1e-6,
+        auxiliary: float = 0.75,
         normalize: bool = False,
         engine: Literal["auto", "torch", "faiss"] = "auto",
     ) -> None:
-        super().__init__(in_features, num_classes, k=k, sigma=sigma, floor=floor, normalize=normalize, engine=engine)
+        super().__init__(
+            in_features,
+            num_classes,
+            k=k,
+            sigma=sigma,
+            floor=floor,
+            auxiliary=auxiliary,
+            normalize=normalize,
+            engine=engine,
+        )
         one_of("impostor", "centers", centers, ("loose", "tied", "fixed"))
         positive("impostor", "tie", tie, zero=True)
         positive("impostor", "center_lr", center_lr, zero=True)
@@ -78,6 +90,7 @@ class ImpostorHead(KernelVoteHead):
             "tie": self.tie,
             "center_lr": self.center_lr,
             "floor": self.floor,
+            "auxiliary": self.auxiliary,
             "normalize": self.normalize,
             "engine": self.engine,
         }
@@ -97,9 +110,10 @@ class ImpostorHead(KernelVoteHead):
             z, own = z[own >= 0], own[own >= 0]
             if not len(own):
                 return loss
-            # A sample that replay put into the batch several times pulls its center once, or it would overshoot.
+            # Whatever lambda, a center goes center_lr of the way to its sample; once, also where replay put the sample
+            # into the batch several times.
             repeats = (own.unsqueeze(1) == own).sum(1, keepdim=True)
-            centers = self._step_rows(self.memory.keys, own, self.center_lr / repeats)
+            centers = self._step_rows(self.memory.keys, own, self.center_lr / (2 * self.tie * repeats))
             return loss + self.tie * (z - centers).square().sum(-1).mean()
 
     def _centers(self, rows: Tensor) -> Tensor:

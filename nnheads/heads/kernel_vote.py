@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import class_log_probs, kernel_log_weights, squared_distances
+from .dense_objective import DenseObjective
 from .memory_head import MemoryHead
 from .row_steps import trained_rows
 from .width import Width
@@ -21,11 +22,16 @@ class KernelVoteHead(MemoryHead):
 
     In training, a sample's own center is left out (by its id).
 
+    A vote of k neighbours teaches a network that knows nothing yet very slowly: the neighbours' labels are noise. So
+    `loss` is ``(1 - a) vote + a dense``, with the cross-entropy of a dense layer that only training uses. ``a = 0`` is
+    the papers' own loss, fit for a backbone that is trained already.
+
     Args:
         in_features: width d of the embeddings.
         num_classes: number of classes C.
         sigma: width: a number, ``"auto"`` or ``"learned"``, see `Width`.
         floor: smallest probability of a class, see `nnheads.functional.class_log_probs`.
+        auxiliary: share of a dense layer's cross-entropy in `loss`, 0 or more and below 1.
         k, normalize, engine, columns: see `MemoryHead`.
     """
 
@@ -45,6 +51,7 @@ class KernelVoteHead(MemoryHead):
         k: int,
         sigma: float | Literal["auto", "learned"],
         floor: float,
+        auxiliary: float,
         normalize: bool,
         engine: Literal["auto", "torch", "faiss"],
         columns: dict[str, int | Literal["classes"]] | None = None,
@@ -54,8 +61,28 @@ class KernelVoteHead(MemoryHead):
             raise ConfigError(
                 f"head {self.name!r}: floor must be above 0 and below 1/{max(2, num_classes)}, got {floor!r}"
             )
+        if not 0 <= auxiliary < 1:
+            raise ConfigError(f"head {self.name!r}: auxiliary must be 0 or more and below 1, got {auxiliary!r}")
         self.floor = floor
+        self.auxiliary = auxiliary
+        self.dense = DenseObjective(in_features, num_classes) if auxiliary else None
         self.width = Width(self.name, sigma)
+
+    def loss(self, z: Tensor, y: Tensor, *, ids: Tensor | None = None) -> Tensor:
+        """Cross-entropy of the vote, and the auxiliary dense layer's in its share; arguments as in `Head.loss`."""
+        if self.dense is None:
+            return super().loss(z, y, ids=ids)
+        vote = super().loss(z, y, ids=ids)
+        z = self._check(z)
+        with torch.autocast(z.device.type, enabled=False):
+            dense: Tensor = self.dense(z, y)
+        return (1 - self.auxiliary) * vote + self.auxiliary * dense
+
+    @torch.no_grad()
+    def widen(self, num_classes: int) -> None:
+        super().widen(num_classes)
+        if self.dense is not None:
+            self.dense.widen(self.num_classes)
 
     @torch.no_grad()
     def refreshed(self) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import Metric, Vote
-from .base import nll, positive
-from .dense import wider
+from .base import positive
+from .dense_objective import DenseObjective
 from .registry import register_head
 from .voting import VotingHead
 
@@ -68,7 +68,7 @@ class KNNHead(VotingHead):
             dim=pca,
         )
         self.pca = pca
-        self.dense = nn.Linear(in_features, num_classes)
+        self.dense = DenseObjective(in_features, num_classes)
         self.register_buffer("components", torch.zeros(in_features, pca or 0))
         self.register_buffer("center", torch.zeros(in_features if pca else 0))
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
@@ -81,8 +81,8 @@ class KNNHead(VotingHead):
         z = self._check(z)
         self._check_labels(y, len(z))
         with torch.autocast(z.device.type, enabled=False):
-            logits: Tensor = self.dense(z.to(self.dense.weight.dtype))
-            return nll(logits.log_softmax(-1), y)
+            loss: Tensor = self.dense(z, y)
+            return loss
 
     def add(self, z: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
         """Store samples; with ``pca`` the first ones stored outside a refresh also fit the projection."""
@@ -116,7 +116,7 @@ class KNNHead(VotingHead):
     @torch.no_grad()
     def widen(self, num_classes: int) -> None:
         super().widen(num_classes)
-        self.dense = wider(self.dense, self.num_classes)
+        self.dense.widen(self.num_classes)
 
     @torch.no_grad()
     def _fit_components(self, z: Tensor) -> None:

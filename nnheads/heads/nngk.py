@@ -28,6 +28,7 @@ class NNGKHead(KernelVoteHead):
         weight_lr: step size of the log weights.
         track: whether a training step moves the centers of its batch to their new embeddings.
         floor: smallest probability of a class.
+        auxiliary: share of a dense layer's cross-entropy in `loss`, see `KernelVoteHead`; 0 is the paper's own loss.
         normalize: scale embeddings to unit length.
         engine: see `nnheads.index.build_index`.
     """
@@ -43,6 +44,7 @@ class NNGKHead(KernelVoteHead):
         weight_lr: float = 0.1,
         track: bool = True,
         floor: float = 1e-6,
+        auxiliary: float = 0.75,
         normalize: bool = False,
         engine: Literal["auto", "torch", "faiss"] = "auto",
     ) -> None:
@@ -52,6 +54,7 @@ class NNGKHead(KernelVoteHead):
             k=k,
             sigma=sigma,
             floor=floor,
+            auxiliary=auxiliary,
             normalize=normalize,
             engine=engine,
             columns={"log_weight": 0} if weights else {},
@@ -77,6 +80,7 @@ class NNGKHead(KernelVoteHead):
             "weight_lr": self.weight_lr,
             "track": self.track,
             "floor": self.floor,
+            "auxiliary": self.auxiliary,
             "normalize": self.normalize,
             "engine": self.engine,
         }

@@ -1,0 +1,294 @@
+"""The same training with one head after another: who is how accurate, how well calibrated, how big and how fast.
+
+Every configuration (head, seed) is one JSON file, written when it is finished, so that an interrupted comparison goes
+on where it was; ``summary.json`` holds the means and spreads that are made from these files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from nnheads.benchmarks.comparison import MEASURES, RECIPES, Cell, CompareConfig, Recipe, cells
+from nnheads.benchmarks.results import device_name, versions, write_json
+from nnheads.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from nnheads.benchmarks.datasets import ImageData
+    from nnheads.headed import HeadedModel
+    from nnheads.training import Progress as FitProgress
+
+__all__ = ["MEASURES", "RECIPES", "Cell", "CompareConfig", "Recipe", "cells", "compare", "summarize"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, and how much there is (0: not known)."""
+
+REFERENCE = "dense"
+"""The head whose predictions the others are compared with."""
+
+TIMED_SAMPLES = 1024
+TIMED_ROUNDS = 5
+
+
+def compare(
+    config: CompareConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    finished: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Trains the same backbone from the same seeds with each head and measures it.
+
+    Args:
+        config: what to compare.
+        out: folder of the results, made where it is missing: ``HEAD-seedN.json`` for each configuration and
+            ``summary.json``.
+        resume: keep the configurations that ``out`` holds already; without it, such a folder is refused.
+        progress: called as the work goes on.
+        finished: called with the results of each configuration once they are written.
+
+    Returns:
+        The summary, as `summarize` makes it.
+
+    Raises:
+        ConfigError: see `CompareConfig.check`; or ``out`` holds results and ``resume`` is False, or they were made
+            with other settings.
+        DataError: the images are missing or damaged.
+        CheckpointError: a file in ``out`` cannot be read.
+    """
+    config.check()
+    settings = config.settings()
+    wanted = cells(config, out)
+    held = sorted(out.glob("*.json")) if out.is_dir() else []
+    if held and not resume:
+        raise ConfigError(f"{out} holds results already: give another --out, or --resume to finish what is there")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file: give a folder")
+    found = {cell: _finished(cell, settings) for cell in wanted}
+    data: ImageData | None = None
+    results = []
+    for done, cell in enumerate(wanted):
+        result = found[cell]
+        if result is None:
+            if config.stream is not None:
+                result = _on_stream(config, cell, progress)
+            else:
+                data = data or _load(config, progress)
+                report = _Report(progress, f"{cell.head}, seed {cell.seed}", done, len(wanted))
+                result = _on_dataset(config, cell, data, report)
+            result = {"head": cell.head, "seed": cell.seed, "settings": settings, **result}
+            write_json(cell.results, result)
+            if finished is not None:
+                finished(result)
+        results.append(result)
+    summary = summarize(config, results, _agreements(config, out))
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def summarize(
+    config: CompareConfig, results: Sequence[dict[str, Any]], agreements: dict[tuple[str, int], float]
+) -> dict[str, Any]:
+    """One row a head: the mean of each measure over the seeds and its spread.
+
+    Args:
+        config: what was compared.
+        results: one a configuration.
+        agreements: by head and seed, the share of test images that the head and the dense one answer alike.
+
+    Returns:
+        ``kind``, the ``dataset`` or ``stream``, ``seeds``, ``settings`` and ``rows``; a row has ``head`` and, for each
+        of the `MEASURES`, ``mean`` and ``spread`` (sample standard deviation, None for one seed), or None where there
+        is nothing to measure.
+    """
+    rows = []
+    for head in config.heads:
+        row: dict[str, Any] = {"head": head}
+        own = [result for result in results if result["head"] == head]
+        for measure in MEASURES[config.kind]:
+            values: list[float | None]
+            if measure == "agreement":
+                values = [agreements.get((head, seed)) for seed in config.seeds]
+            else:
+                values = [result[measure] for result in own]
+            row[measure] = _mean_and_spread(values)
+        rows.append(row)
+    return {
+        "kind": config.kind,
+        config.kind: config.stream or config.dataset,
+        "seeds": list(config.seeds),
+        "settings": config.settings(),
+        "rows": rows,
+    }
+
+
+def _mean_and_spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
+    numbers = [value for value in values if value is not None and math.isfinite(value)]
+    if not numbers or len(numbers) < len(values):
+        return None
+    spread = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return {"mean": statistics.fmean(numbers), "spread": spread}
+
+
+def _finished(cell: Cell, settings: dict[str, Any]) -> dict[str, Any] | None:
+    if not cell.results.is_file() or ("dataset" in settings and not cell.predictions.is_file()):
+        return None
+    try:
+        result = json.loads(cell.results.read_text(encoding="utf-8"))
+        made_with = result["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{cell.results} cannot be read ({error}): remove it and it is made again") from None
+    for name, value in settings.items():
+        if made_with.get(name) != value:
+            raise ConfigError(
+                f"{cell.results} was made with {name} {made_with.get(name)}, not {value}: give another --out"
+            )
+    return dict(result)
+
+
+@final
+class _Report:
+    """Progress of one configuration as a part of the whole."""
+
+    def __init__(self, progress: Progress | None, name: str, done: int, cells: int) -> None:
+        self.progress, self.name, self.done, self.cells = progress, name, done, cells
+
+    def __call__(self, what: str, share: float) -> None:
+        """``share`` of this configuration is done, 0 to 1."""
+        if self.progress is not None:
+            self.progress(f"{self.name}: {what}", round(100 * (self.done + share)), 100 * self.cells)
+
+
+def _load(config: CompareConfig, progress: Progress | None) -> ImageData:
+    from nnheads.benchmarks.datasets import load_dataset
+
+    return load_dataset(config.dataset, config.data_dir, progress=progress)
+
+
+def _on_dataset(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    from nnheads.attach import attach_head
+    from nnheads.backbones import build_backbone
+    from nnheads.heads import MemoryHead
+    from nnheads.training import evaluate, fit
+
+    recipe = config.recipe()
+    # The backbone is built right after the seed is set, so its first weights are the same for every head.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cell.seed)
+        backbone = build_backbone(recipe.backbone, data.train.num_classes, data.preprocessing.channels)
+        model = attach_head(backbone, cell.head, preprocessing=data.preprocessing, class_names=data.train.class_names)
+
+    def step(now: FitProgress) -> None:
+        within = now.step / now.steps if now.steps else 0.0
+        report(f"epoch {now.epoch + 1}/{now.epochs}, loss {now.loss:.3f}", (now.epoch + within) / (now.epochs + 1))
+
+    history = fit(
+        model,
+        data.train,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        lr=recipe.learning_rate,
+        optimizer=recipe.optimizer,
+        weight_decay=recipe.weight_decay,
+        augment=recipe.augment,
+        device=config.device,
+        seed=cell.seed,
+        progress=step,
+    )
+    report("evaluating", recipe.epochs / (recipe.epochs + 1))
+    found = evaluate(model, data.test, device=config.device)
+    # Written before the results, whose file says that the configuration is finished.
+    _write_array(cell.predictions, found.predictions.numpy().astype(np.int16))
+    held = model.head.memory.bytes if isinstance(model.head, MemoryHead) else 0
+    return {
+        "dataset": config.dataset,
+        "backbone": recipe.backbone,
+        "accuracy": found.accuracy,
+        # JSON has no infinity, which a head that is certain and wrong can reach
+        "log_loss": found.log_loss if math.isfinite(found.log_loss) else None,
+        "ece": found.ece,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "memory_bytes": int(held),
+        "train_seconds": history.seconds,
+        "ms_per_sample": _inference_ms(model, data, config.device),
+        "train_samples": len(data.train),
+        "test_samples": len(data.test),
+        "gradient_samples": history.gradient_samples,
+        "versions": versions(),
+        "device": device_name(model.device),
+    }
+
+
+def _inference_ms(model: HeadedModel, data: ImageData, device: str) -> float:
+    """Milliseconds for one image of a batch of 128: the median of several rounds after a warm-up."""
+    import torch
+
+    from nnheads.training import evaluate
+
+    sample = data.test.subset(torch.arange(min(TIMED_SAMPLES, len(data.test))))
+    rounds = [evaluate(model, sample, batch_size=128, device=device).seconds for _ in range(TIMED_ROUNDS + 1)]
+    return 1000 * statistics.median(rounds[1:]) / len(sample)
+
+
+def _on_stream(config: CompareConfig, cell: Cell, progress: Progress | None) -> dict[str, Any]:
+    from nnheads.benchmarks.runner import RunConfig, run
+
+    assert config.stream is not None
+
+    def tell(what: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{cell.head}, seed {cell.seed}: {what}", done, total)
+
+    found = run(
+        RunConfig(
+            stream=config.stream,
+            head=cell.head,
+            strategy=config.strategy,
+            backbone=config.backbone,
+            data_dir=config.data_dir,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            memory=config.memory,
+            seed=cell.seed,
+            device=config.device,
+            learning_rate=config.learning_rate,
+        ),
+        None,
+        progress=tell,
+        save_model=False,
+    )
+    return dict(found)
+
+
+def _agreements(config: CompareConfig, out: Path) -> dict[tuple[str, int], float]:
+    """By head and seed, the share of test images answered as by the dense head of the same seed."""
+    import numpy as np
+
+    shares: dict[tuple[str, int], float] = {}
+    if config.stream is not None or REFERENCE not in config.heads:
+        return shares
+    for seed in config.seeds:
+        reference = np.load(Cell(REFERENCE, seed, out).predictions, allow_pickle=False)
+        for head in config.heads:
+            own = np.load(Cell(head, seed, out).predictions, allow_pickle=False)
+            shares[head, seed] = float((own == reference).mean())
+    return shares
+
+
+def _write_array(path: Path, array: Any) -> None:
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    with beside.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+    os.replace(beside, path)

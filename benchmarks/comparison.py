@@ -1,0 +1,182 @@
+"""What a comparison of heads consists of: its settings, its configurations and what is measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, final
+
+from nnheads.errors import ConfigError, unknown_name
+
+MEASURES: dict[str, tuple[str, ...]] = {
+    "dataset": (
+        "accuracy",
+        "log_loss",
+        "ece",
+        "parameters",
+        "memory_bytes",
+        "train_seconds",
+        "ms_per_sample",
+        "agreement",
+    ),
+    "stream": ("accuracy", "forgetting", "train_seconds", "eval_seconds", "memory_bytes"),
+}
+"""What is measured in a training on a whole data set, and on a stream."""
+
+
+@final
+@dataclass(frozen=True)
+class Recipe:
+    """How a backbone is trained on a data set unless the user says otherwise.
+
+    Attributes:
+        backbone: see `nnheads.backbones`.
+        epochs: passes over the training images.
+        batch_size: images a step; at least twice the number of classes, which NCA needs.
+        learning_rate: the highest of the one-cycle schedule.
+        augment: see `nnheads.data.get_augmentation`.
+        optimizer, weight_decay: see `nnheads.fit`. AdamW's step does not depend on the scale of a head's loss, so that one
+            learning rate is fair to all heads.
+    """
+
+    backbone: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    augment: str
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    weight_decay: float = 0.05
+
+
+RECIPES: dict[str, Recipe] = {
+    "digits": Recipe("convnet", 20, 64, 0.003, "crop"),
+    "mnist": Recipe("convnet", 5, 128, 0.003, "crop"),
+    "fmnist": Recipe("convnet", 10, 128, 0.003, "crop-flip"),
+    "cifar10": Recipe("resnet9", 10, 128, 0.003, "crop-flip"),
+    "cifar100": Recipe("resnet9", 15, 256, 0.003, "crop-flip"),
+    "cifar110": Recipe("resnet9", 15, 256, 0.003, "crop-flip"),
+}
+FOLDER_RECIPE = Recipe("resnet9", 30, 64, 0.003, "crop-flip")
+"""For ``images:DIR``."""
+
+
+@final
+@dataclass(frozen=True)
+class CompareConfig:
+    """What to compare, and on what.
+
+    Attributes:
+        heads: names of heads.
+        dataset: where the backbone is trained on all classes at once; see `nnheads.benchmarks.datasets`.
+        stream: a stream instead, where classes arrive one after another; see `nnheads.benchmarks.streams`.
+        strategy: how a stream is learned; see `nnheads.strategies`.
+        seeds: each head is trained once with each.
+        backbone, epochs, batch_size, learning_rate: None for the data set's or the stream's own.
+        memory: exemplars kept on a stream; None for the stream's own.
+        data_dir: where the images are.
+        device: "auto", "cuda", "mps" or "cpu".
+    """
+
+    heads: tuple[str, ...] = ("dense", "knn", "nca")
+    dataset: str = "digits"
+    stream: str | None = None
+    strategy: str = "replay"
+    seeds: tuple[int, ...] = (0,)
+    backbone: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    memory: int | None = None
+    data_dir: Path | None = None
+    device: str = "auto"
+
+    @property
+    def kind(self) -> Literal["dataset", "stream"]:
+        """On what the heads are compared."""
+        return "dataset" if self.stream is None else "stream"
+
+    def recipe(self) -> Recipe:
+        """The training on ``dataset``: its defaults, and what the user set."""
+        known = FOLDER_RECIPE if self.dataset.startswith("images:") else RECIPES[self.dataset]
+        return Recipe(
+            self.backbone or known.backbone,
+            self.epochs or known.epochs,
+            self.batch_size or known.batch_size,
+            self.learning_rate or known.learning_rate,
+            known.augment,
+            known.optimizer,
+            known.weight_decay,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """All that a finished configuration must share with the others of its folder, as JSON takes it."""
+        shared = {"device": self.device, "data_dir": str(self.data_dir.resolve()) if self.data_dir else None}
+        if self.stream is None:
+            return {"dataset": self.dataset, **asdict(self.recipe()), **shared}
+        names = ("stream", "strategy", "backbone", "epochs", "batch_size", "learning_rate", "memory")
+        fields = asdict(self)
+        return {**{name: fields[name] for name in names}, **shared}
+
+    def check(self) -> None:
+        """Refuses what cannot work before anything is trained.
+
+        Raises:
+            ConfigError: a name that is not known (`UnknownNameError`), or an option out of its range.
+        """
+        from nnheads.backbones import build_backbone
+        from nnheads.benchmarks.datasets import list_datasets
+        from nnheads.benchmarks.specs import stream_spec
+        from nnheads.heads import head_class
+        from nnheads.strategies.registry import strategy_spec
+        from nnheads.training import resolve_device
+
+        if not self.heads or not self.seeds:
+            raise ConfigError("compare needs at least one head and one seed")
+        for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size), ("memory", self.memory)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be 1 or more, not {value}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate must be above 0, not {self.learning_rate}")
+        for head in self.heads:
+            head_class(head)
+        if self.stream is not None:
+            stream_spec(self.stream)
+            for head in self.heads:
+                strategy_spec(self.strategy).resolve_head(head)
+        elif self.dataset not in RECIPES and not self.dataset.startswith("images:"):
+            raise unknown_name("data set", self.dataset, [*list_datasets(), "images:DIR"])
+        if self.backbone is not None:
+            build_backbone(self.backbone)
+        resolve_device(self.device)
+
+
+@final
+@dataclass(frozen=True)
+class Cell:
+    """One configuration of a comparison.
+
+    Attributes:
+        head: name of the head.
+        seed: of the backbone's first weights, of the order of batches and of augmentation.
+        folder: where its files are.
+    """
+
+    head: str
+    seed: int
+    folder: Path = field(repr=False)
+
+    @property
+    def results(self) -> Path:
+        """What was measured."""
+        return self.folder / f"{self.head}-seed{self.seed}.json"
+
+    @property
+    def predictions(self) -> Path:
+        """The classes predicted for the test images, int16 (N,); only on a data set."""
+        return self.folder / f"{self.head}-seed{self.seed}.npy"
+
+
+def cells(config: CompareConfig, out: Path) -> list[Cell]:
+    """The configurations of a comparison, in the order in which they are made: all heads with the first seed first."""
+    return [Cell(head, seed, out) for seed in config.seeds for head in config.heads]

@@ -1,0 +1,110 @@
+"""What a run leaves behind: `results.json` and the saved model, never half written."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnheads.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+RESULTS = "results.json"
+MODEL = "model"
+
+_PACKAGES = {
+    "nnheads": ("nnheads",),
+    "torch": ("torch",),
+    "avalanche": ("avalanche-lib",),
+    "faiss": ("faiss-gpu", "faiss-cpu", "faiss"),
+}
+
+
+def check_out(out: Path) -> Path:
+    """The folder, where results can be written to it.
+
+    Raises:
+        ConfigError: it holds results or a model already, or is no folder.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file: name a folder that is empty or does not exist yet")
+    for name in (RESULTS, MODEL):
+        if (out / name).exists():
+            raise ConfigError(f"--out {out} holds {name} already: name another folder, nothing is overwritten")
+    return out
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Write JSON beside the path and move it there when it is complete.
+
+    Raises:
+        CheckpointError: the disk does not take it.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path} ({error.strerror or error}): choose another folder") from error
+    return path
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """What a run wrote, given its folder or file.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    file = Path(path) / RESULTS if Path(path).is_dir() else Path(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"no results in {path}: give a folder that nnheads run wrote") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {file} ({error}): run again") from error
+    if not isinstance(content, dict) or "accuracy_matrix" not in content:
+        raise CheckpointError(f"{file} was not written by nnheads run: give a folder that it wrote")
+    return content
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on; ``none`` for what is not installed."""
+    found = {name: _version(packages) for name, packages in _PACKAGES.items()}
+    return {**found, "python": platform.python_version()}
+
+
+def device_name(device: torch.device) -> str:
+    """A device as a reader of results wants it named."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return str(device)
+
+
+def _version(packages: Sequence[str]) -> str:
+    for package in packages:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "none"

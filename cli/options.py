@@ -1,0 +1,100 @@
+"""Options that several commands take, and how their text is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nnheads.errors import ConfigError
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir", metavar="DIR", help="Folder of images: torchvision's layout, or train/<class>/*, test/<class>/*."
+    ),
+]
+Backbone = Annotated[
+    str | None,
+    typer.Option("--backbone", metavar="NAME", help="Network in front of the head; see nnheads list backbones."),
+]
+Epochs = Annotated[
+    int | None, typer.Option("--epochs", min=1, metavar="N", help="Passes over the images of each training.")
+]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, metavar="N", help="Images a step.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Learning rate; above 0.")]
+Memory = Annotated[
+    int | None, typer.Option("--memory", min=1, metavar="M", help="Exemplars kept, over all classes (streams).")
+]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cuda, mps or cpu.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the last line only.")]
+HeadOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="KEY=VALUE", help="Option of the head, as k=16; may be given several times."),
+]
+
+
+def head_options(given: list[str] | None) -> dict[str, Any]:
+    """Reads ``key=value`` pairs; a value is read as JSON where it is JSON, else taken as text.
+
+    Raises:
+        ConfigError: if one has another form or a key comes twice.
+    """
+    options: dict[str, Any] = {}
+    for pair in given or ():
+        key, equals, text = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"--option {pair!r} must have the form key=value, as in --option k=16")
+        if key in options:
+            raise ConfigError(f"--option {key} is given twice")
+        try:
+            options[key] = json.loads(text)
+        except json.JSONDecodeError:
+            options[key] = text
+    return options
+
+
+def positive(option: str, value: float | None) -> None:
+    """Raises:
+    ConfigError: if the value of an option is given and is not a finite number above 0.
+    """
+    if value is not None and not 0 < value < float("inf"):
+        raise ConfigError(f"{option} must be a number above 0, not {value:g}")
+
+
+def share(option: str, value: float | None) -> None:
+    """Raises:
+    ConfigError: if the value of an option is given and is not between 0 and 1.
+    """
+    if value is not None and not 0 < value < 1:
+        raise ConfigError(f"{option} must be between 0 and 1, not {value:g}")
+
+
+def names(option: str, text: str) -> tuple[str, ...]:
+    """Reads a list of names with commas between them; each counts once.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not found:
+        raise ConfigError(f"{option} needs at least one name, with commas between several")
+    return found
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """Reads seeds with commas between them.
+
+    Raises:
+        ConfigError: if one is not a whole number from 0 on.
+    """
+    found = []
+    for name in names("--seeds", text):
+        if not name.isascii() or not name.isdigit():
+            raise ConfigError(f"--seeds must be whole numbers from 0 on, as in 0,1,2, not {name!r}")
+        found.append(int(name))
+    return tuple(dict.fromkeys(found))

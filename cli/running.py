@@ -1,0 +1,169 @@
+"""``nnheads run``: train a head on a stream whose classes arrive one after another."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nnheads.benchmarks.results import MODEL, RESULTS
+from nnheads.cli import options, screen
+from nnheads.cli.folders import results_folder, safe_stem
+
+if TYPE_CHECKING:
+    from nnheads.benchmarks.config import RunConfig
+
+
+def run(
+    stream: Annotated[str, typer.Argument(metavar="STREAM", help="Name of a stream; see nnheads list streams.")],
+    head: Annotated[
+        str | None,
+        typer.Option("--head", metavar="NAME", help="See nnheads list heads (default: the strategy's own)."),
+    ] = None,
+    strategy: Annotated[
+        str, typer.Option("--strategy", metavar="NAME", help="How the stream is learned; see nnheads list strategies.")
+    ] = "replay",
+    backbone: options.Backbone = None,
+    data_dir: options.DataDir = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = None,
+    memory: options.Memory = None,
+    lr: options.LearningRate = None,
+    ema: Annotated[
+        float | None,
+        typer.Option("--ema", metavar="DECAY", help="Answer with weights averaged over steps, as 0.99."),
+    ] = None,
+    option: options.HeadOptions = None,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, metavar="N", help="Of class order, first weights and batches.")
+    ] = 0,
+    replay_batch: Annotated[
+        int | None,
+        typer.Option("--replay-batch", min=0, metavar="N", help="Exemplars replayed a step (by default --batch-size)."),
+    ] = None,
+    dense_loss: Annotated[
+        float,
+        typer.Option("--dense-loss", metavar="WEIGHT", help="Weight of a dense classifier's loss beside the head's."),
+    ] = 0.0,
+    batch_centers: Annotated[
+        bool, typer.Option("--batch-centers", help="In training, also vote by the batch's own embeddings.")
+    ] = False,
+    scenario: Annotated[
+        str, typer.Option("--scenario", metavar="NAME", help="class, or task: at test the experience is known.")
+    ] = "class",
+    device: options.Device = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Folder for the results (by default runs/STREAM-HEAD-NNN)."),
+    ] = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train a head on a stream, where classes arrive one after another, and save model and results."""
+    head_options = options.head_options(option)
+    options.positive("--lr", lr)
+    options.share("--ema", ema)
+    with screen.interruptible(lambda: "nothing"):
+        from nnheads.benchmarks.config import RunConfig
+        from nnheads.strategies.registry import strategy_spec
+
+        config = RunConfig(
+            stream=stream,
+            head=head,
+            strategy=strategy,
+            backbone=backbone,
+            data_dir=data_dir,
+            epochs=epochs,
+            batch_size=batch_size,
+            memory=memory,
+            seed=seed,
+            scenario=scenario,
+            replay_batch=replay_batch,
+            dense_loss=dense_loss,
+            batch_centers=batch_centers,
+            device=device,
+            head_options=head_options,
+            learning_rate=lr,
+            ema=ema,
+        )
+        stem = safe_stem(f"{stream}-{strategy_spec(strategy).resolve_head(head)}")
+        with results_folder(out, stem) as folder:
+            results = _run(config, folder, quiet)
+    if as_json:
+        screen.print_json({**results, "path": str(folder)})
+        return
+    if not quiet:
+        _show(results, folder)
+        return
+    screen.line(
+        f"accuracy {screen.percent(results['accuracy'])} %, forgetting {screen.percent(results['forgetting'])} %, "
+        f"{screen.duration(results['seconds'])}: {folder / RESULTS}"
+    )
+
+
+def _run(config: RunConfig, folder: Path, quiet: bool) -> dict[str, Any]:
+    from nnheads.benchmarks.runner import run
+    from nnheads.cli.progress import Bar
+
+    def kept() -> str:
+        names = sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
+        return f"{', '.join(names)} in {folder}" if names else "nothing"
+
+    with screen.interruptible(kept), Bar(shown=not quiet) as bar:
+        return run(config, folder, progress=bar)
+
+
+def _show(results: dict[str, Any], folder: Path) -> None:
+    screen.line(f"{results['stream']}: head {results['head']}, strategy {results['strategy']}")
+    screen.line(
+        f"backbone {results['backbone']}, seed {results['seed']}, scenario {results['scenario']}, {results['device']}"
+    )
+    screen.line("")
+    _show_matrix(results["accuracy_matrix"], results["classes"])
+    screen.line("")
+    facts = [
+        ("final accuracy", f"{screen.percent(results['accuracy'])} %"),
+        ("forgetting", f"{screen.percent(results['forgetting'])} %"),
+        ("training", screen.duration(results["train_seconds"])),
+        ("evaluation", screen.duration(results["eval_seconds"])),
+        ("memory", f"{screen.size(results['memory_bytes'])} ({results['exemplars']} exemplars)"),
+        ("results", str(folder / RESULTS)),
+    ]
+    if (folder / MODEL).is_dir():
+        facts.append(("model", str(folder / MODEL)))
+    for name, value in facts:
+        screen.line(f"{name:<15} {value}")
+    screen.line("")
+    screen.line(f"next: {_next_command(results, folder)}")
+
+
+def _show_matrix(matrix: list[list[float | None]], classes: list[list[str]]) -> None:
+    """Accuracy on each experience's test images after training on each experience."""
+    number = len(matrix)
+    digits = 1 if number <= 10 else 0
+    columns = ["after", *(str(j + 1) for j in range(number)), "mean"]
+    rows = []
+    for i, row in enumerate(matrix):
+        seen = [value for value in row[: i + 1] if value is not None]
+        mean = sum(seen) / len(seen) if seen else None
+        cells = [screen.percent(value, digits) if j <= i else "" for j, value in enumerate(row)]
+        rows.append([str(i + 1), *cells, screen.percent(mean, digits)])
+    title = "accuracy % on each experience's test images after each training"
+    if screen.width(columns, rows) > screen.out().width:  # too many experiences for this terminal: the means alone
+        title = "accuracy %, mean over the experiences seen, after each training"
+        columns, rows = ["after", "mean"], [[row[0], row[-1]] for row in rows]
+    named = " | ".join(", ".join(names) for names in classes)
+    if len(named) < screen.out().width - 10:
+        screen.line(f"classes:  {named}")
+    screen.table(title, columns, rows)
+
+
+def _next_command(results: dict[str, Any], folder: Path) -> str:
+    """Something sensible to try with what there is now."""
+    data_dir = results["config"].get("data_dir")
+    where = f" --data-dir {shlex.quote(str(data_dir))}" if data_dir else ""
+    if results["strategy"] == "replay" and results["head"] != "dense":
+        return f"nnheads compare --stream {shlex.quote(results['stream'])} --heads dense,{results['head']}{where}"
+    return f"nnheads run {shlex.quote(results['stream'])} --head impostor{where}"

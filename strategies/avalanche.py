@@ -1,0 +1,250 @@
+"""Avalanche's own strategies behind the runner's settings. Importing this module imports Avalanche.
+
+They get the same backbone from the same seed, the same optimizer, batches, exemplar budget and augmentation as ours;
+what only they know is set to the values named here. A dense classifier has an output for every class of the stream from
+the start, and classes not seen yet are not masked at test, as in Avalanche; a classifier by class means or LDA answers
+among the classes seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final, final
+
+import torch
+from avalanche.models import SCRModel
+from avalanche.training.plugins import EWCPlugin, GDumbPlugin, ReplayPlugin, SynapticIntelligencePlugin
+from avalanche.training.supervised import DER, ER_ACE, SCR, Cumulative, ICaRL, JointTraining, Naive, StreamingLDA
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from nnheads.attach import attach_head
+from nnheads.errors import ConfigError
+from nnheads.strategies.avalanche_learner import AvalancheLearner, Features, Kept
+from nnheads.strategies.averaged import module_bytes
+from nnheads.strategies.learner import Learner, Setup
+from nnheads.strategies.plugins import GEM, StepReport, silent_evaluator
+
+EWC_LAMBDA: Final = 1.0
+SI_LAMBDA: Final = 1.0
+GEM_STRENGTH: Final = 0.5
+SCR_PROJECTION: Final = 128
+EVAL_BATCH: Final = 256
+
+
+# ---- factories ---------------------------------------------------------------------------------------------------
+
+
+def naive(setup: Setup) -> Learner:
+    """Plain fine-tuning."""
+    return AvalancheLearner(setup, Naive(**_common(setup)))
+
+
+def replay(setup: Setup) -> Learner:
+    """Avalanche's Replay: `ReplayPlugin` as its strategy of that name has it, with the batch sizes given."""
+    plugin = ReplayPlugin(setup.memory, batch_size=setup.batch_size, batch_size_mem=_replay_batch(setup))
+    return AvalancheLearner(setup, Naive(**_common(setup, plugin)), lambda: Kept(len(plugin.storage_policy.buffer)))
+
+
+def er_ace(setup: Setup) -> Learner:
+    """ER-ACE."""
+    strategy = ER_ACE(mem_size=setup.memory, batch_size_mem=_replay_batch(setup), **_common(setup))
+    return AvalancheLearner(setup, strategy, lambda: Kept(len(strategy.storage_policy.buffer)))
+
+
+def der(setup: Setup) -> Learner:
+    """DER++ with Avalanche's alpha of 0.1 and beta of 0.5; a logit vector is kept with each exemplar."""
+    strategy = DER(mem_size=setup.memory, batch_size_mem=_replay_batch(setup), **_common(setup))
+
+    def kept() -> Kept:
+        held = len(strategy.storage_policy.buffer)
+        return Kept(held, (("logits", held * setup.num_classes * 4),))
+
+    return AvalancheLearner(setup, strategy, kept)
+
+
+def icarl(setup: Setup) -> Learner:
+    """ICaRL; its exemplars decide by the nearest class mean."""
+    sizes = [int(n) for n in setup.benchmark.n_classes_per_exp]
+    if sum(sizes) > setup.num_classes:
+        raise ConfigError("strategy 'icarl' needs experiences with classes of their own: take a split- stream")
+    features = Features(attach_head(setup.backbone, "dense", num_classes=setup.num_classes))
+    settings = _common(setup, model=features)
+    classifier = nn.Linear(features.headed.in_features, setup.num_classes)
+    settings["optimizer"].add_param_group({"params": list(classifier.parameters())})
+    del settings["model"], settings["criterion"]
+    strategy = ICaRL(
+        feature_extractor=features,
+        classifier=classifier,
+        memory_size=setup.memory,
+        buffer_transform=_augmentation(setup),
+        fixed_memory=True,
+        **settings,
+    )
+    [plugin] = [p for p in strategy.plugins if type(p).__name__ == "_ICaRLPlugin"]
+    # It would make room for as many classes as there are in the stream, whatever their numbers.
+    plugin.class_means = {
+        label: torch.zeros(features.headed.in_features, device=setup.device) for label in range(setup.num_classes)
+    }
+    teacher = module_bytes(features) + module_bytes(classifier)
+
+    def within_budget(experience: int) -> None:
+        # It rounds each class's share up, which would exceed the budget: here the shares come out whole.
+        seen = sum(sizes[: experience + 1])
+        plugin.memory_size = setup.memory // seen * seen
+
+    def kept() -> Kept:
+        return Kept(sum(len(x) for x in plugin.x_memory), (("distillation_teacher", teacher),))
+
+    return AvalancheLearner(setup, strategy, kept, own_scores=lambda x: strategy.model(x), before=within_budget)
+
+
+def gdumb(setup: Setup) -> Learner:
+    """GDumb: the passes of an experience go over the exemplars."""
+    plugin = GDumbPlugin(setup.memory)
+    initial = module_bytes(setup.backbone)
+    return AvalancheLearner(
+        setup,
+        Naive(**_common(setup, plugin)),
+        lambda: Kept(len(plugin.storage_policy.buffer), (("initial_weights", initial),)),
+    )
+
+
+def scr(setup: Setup) -> Learner:
+    """Supervised contrastive replay, without the review trick; its exemplars decide by the nearest class mean."""
+    features = Features(attach_head(setup.backbone, "dense", num_classes=setup.num_classes))
+    width = features.headed.in_features
+    projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, SCR_PROJECTION))
+    settings = _common(setup, model=SCRModel(feature_extractor=features, projection=_Unit(projection)))
+    del settings["criterion"]
+    strategy = SCR(
+        augmentations=_augmentation(setup),
+        mem_size=setup.memory,
+        batch_size_mem=_replay_batch(setup),
+        **settings,
+    )
+
+    def kept() -> Kept:
+        return Kept(len(strategy.replay_plugin.storage_policy.buffer), (("projection", module_bytes(projection)),))
+
+    return AvalancheLearner(setup, strategy, kept, own_scores=lambda x: strategy.model(x))
+
+
+def slda(setup: Setup) -> Learner:
+    """Streaming LDA on the backbone as it is: worth something with a pretrained one only."""
+    features = Features(attach_head(setup.backbone, "dense", num_classes=setup.num_classes))
+    settings = _common(setup)
+    for name in ("model", "optimizer"):
+        del settings[name]
+    strategy = StreamingLDA(
+        slda_model=features,
+        input_size=features.headed.in_features,
+        num_classes=setup.num_classes,
+        **{**settings, "train_epochs": 1},
+    )
+    parts = (("class_means", 4 * strategy.muK.numel()), ("covariance", 4 * strategy.Sigma.numel()))
+    return AvalancheLearner(
+        setup,
+        strategy,
+        lambda: Kept(0, parts),
+        own_scores=lambda x: strategy.predict(strategy.model(x)),
+    )
+
+
+def ewc(setup: Setup) -> Learner:
+    """EWC with a penalty for each old experience."""
+    plugin = EWCPlugin(EWC_LAMBDA)
+
+    def kept() -> Kept:
+        saved = [*plugin.saved_params.values(), *plugin.importances.values()]
+        return Kept(0, (("importances", sum(_data_bytes(part.values()) for part in saved)),))
+
+    return AvalancheLearner(setup, Naive(**_common(setup, plugin)), kept)
+
+
+def gem(setup: Setup) -> Learner:
+    """GEM; the budget is shared out evenly over the experiences of the stream."""
+    plugin = GEM(max(1, setup.memory // len(setup.benchmark.train_stream)), GEM_STRENGTH)
+    return AvalancheLearner(
+        setup,
+        Naive(**_common(setup, plugin)),
+        lambda: Kept(sum(len(x) for x in plugin.memory_x.values())),
+    )
+
+
+def si(setup: Setup) -> Learner:
+    """Synaptic intelligence."""
+    plugin = SynapticIntelligencePlugin(SI_LAMBDA)
+
+    def kept() -> Kept:
+        saved = [*plugin.ewc_data, plugin.syn_data["cum_trajectory"]]
+        return Kept(0, (("importances", sum(_data_bytes(part.values()) for part in saved)),))
+
+    return AvalancheLearner(setup, Naive(**_common(setup, plugin)), kept)
+
+
+def joint(setup: Setup) -> Learner:
+    """All experiences at once, when the first one is asked for."""
+    return AvalancheLearner(setup, JointTraining(**_common(setup)), at_once=True)
+
+
+def cumulative(setup: Setup) -> Learner:
+    """Each experience together with all before it: all images seen are kept."""
+    strategy = Cumulative(**_common(setup))
+    return AvalancheLearner(setup, strategy, lambda: Kept(len(strategy.dataset) if strategy.dataset else 0))
+
+
+# ---- what they share ---------------------------------------------------------------------------------------------
+
+
+@final
+class _Unit(nn.Module):
+    """A projection onto the unit sphere, where the contrastive loss compares."""
+
+    def __init__(self, projection: nn.Module) -> None:
+        super().__init__()
+        self.projection = projection
+
+    def forward(self, z: Tensor) -> Tensor:
+        return nn.functional.normalize(self.projection(z), dim=1)
+
+
+def _common(setup: Setup, *plugins: Any, model: nn.Module | None = None) -> dict[str, Any]:
+    """The keyword arguments that every strategy takes."""
+    model = setup.backbone if model is None else model
+    all_plugins = list(plugins)
+    if setup.on_step is not None:
+        all_plugins.append(StepReport(setup.on_step))
+    return {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=setup.learning_rate),
+        "criterion": nn.CrossEntropyLoss(),
+        "train_mb_size": setup.batch_size,
+        "train_epochs": setup.epochs,
+        "eval_mb_size": EVAL_BATCH,
+        "device": setup.device,
+        "plugins": all_plugins,
+        "evaluator": silent_evaluator(),
+    }
+
+
+def _replay_batch(setup: Setup) -> int:
+    if setup.replay_batch < 1:
+        raise ConfigError("replay_batch must be 1 or more for a strategy that replays; take --strategy naive for none")
+    return setup.replay_batch
+
+
+def _augmentation(setup: Setup) -> Callable[[Tensor], Tensor]:
+    """The stream's augmentation for images that are normalised already."""
+    steps: list[Callable[[Tensor], Tensor]] = [v2.Identity()]
+    height, width = setup.preprocessing.size
+    if setup.augment != "none":
+        steps.append(v2.RandomCrop([height, width], padding=max(1, height // 8)))
+    if setup.augment == "crop-flip":
+        steps.append(v2.RandomHorizontalFlip())
+    composed: Callable[[Tensor], Tensor] = v2.Compose(steps)
+    return composed
+
+
+def _data_bytes(params: Iterable[Any]) -> int:
+    return sum(p.data.numel() * p.data.element_size() for p in params)

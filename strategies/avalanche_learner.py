@@ -1,0 +1,138 @@
+"""Any Avalanche strategy as the runner uses it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from nnheads.attach import attach_head
+from nnheads.headed import HeadedModel
+from nnheads.heads.dense import DenseHead
+from nnheads.strategies.learner import Learner, Setup
+
+
+@final
+@dataclass(frozen=True)
+class Kept:
+    """What a strategy keeps between experiences.
+
+    Attributes:
+        exemplars: images.
+        parts: bytes of anything else, by what it is.
+    """
+
+    exemplars: int = 0
+    parts: tuple[tuple[str, int], ...] = ()
+
+
+@final
+class Features(nn.Module):
+    """The embedding of a headed model as a module of its own."""
+
+    def __init__(self, headed: HeadedModel) -> None:
+        super().__init__()
+        self.headed = headed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.headed.features(x)
+
+
+@final
+class AvalancheLearner(Learner):
+    """One of Avalanche's strategies as the runner uses it.
+
+    Args:
+        setup: the settings.
+        strategy: the Avalanche strategy.
+        kept: tells what it keeps.
+        own_scores: its scores of images where they are not the model's output; classes not seen are masked then.
+        before: called before an experience is learned.
+        at_once: whether the whole stream is learned at the first experience, and nothing after it.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        strategy: Any,
+        kept: Callable[[], Kept] = Kept,
+        *,
+        own_scores: Callable[[Tensor], Tensor] | None = None,
+        before: Callable[[int], None] | None = None,
+        at_once: bool = False,
+    ) -> None:
+        self.setup = setup
+        self.strategy = strategy
+        self.kept = kept
+        self.own_scores = own_scores
+        self.before = before
+        self.at_once = at_once
+        self._seen: set[int] = set()
+        self._counted = _count_gradient_samples(setup.backbone)
+
+    def learn(self, experience: int) -> None:
+        stream = self.setup.benchmark.train_stream
+        if self.before is not None:
+            self.before(experience)
+        if not self.at_once:
+            self.strategy.train(stream[experience], eval_streams=[])
+        elif experience == 0:
+            self.strategy.train(stream, eval_streams=[])
+        self._seen.update(int(c) for c in stream[experience].classes_in_this_experience)
+
+    @torch.no_grad()
+    def scores(self, x: Tensor) -> Tensor:
+        self.strategy.model.eval()
+        if self.own_scores is None:
+            found: Tensor = self.strategy.model(x)
+            return found
+        found = self.own_scores(x)
+        everything = found.new_full((len(x), self.setup.num_classes), -torch.inf)
+        seen = sorted(self._seen)
+        everything[:, seen] = found[:, seen]
+        return everything
+
+    @property
+    def gradient_samples(self) -> int:
+        return self._counted[0]
+
+    @property
+    def exemplars(self) -> int:
+        return self.kept().exemplars
+
+    def memory_parts(self) -> dict[str, int]:
+        kept = self.kept()
+        return {"exemplars": kept.exemplars * self.setup.image_bytes, **dict(kept.parts)}
+
+    def headed_model(self) -> HeadedModel | None:
+        if self.own_scores is not None:
+            return None
+        # A copy: the strategy goes on with its model as it is.
+        made = attach_head(
+            copy.deepcopy(self.strategy.model),
+            "dense",
+            num_classes=self.setup.num_classes,
+            preprocessing=self.setup.preprocessing,
+            class_names=self.setup.class_names,
+        )
+        classifier = made.attached()[0].layer
+        if not isinstance(made.head, DenseHead) or not isinstance(classifier, nn.Linear):
+            return None
+        made.head.output.load_state_dict(classifier.state_dict())
+        return made.eval()
+
+
+def _count_gradient_samples(backbone: nn.Module) -> list[int]:
+    """A list of one number that goes up by the samples that pass the backbone with a gradient, in any copy of it."""
+    count = [0]
+
+    def add(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module.training and torch.is_grad_enabled():
+            count[0] += len(args[0])
+
+    backbone.register_forward_pre_hook(add)
+    return count

@@ -1,0 +1,57 @@
+"""What is plugged into Avalanche's strategies. Importing this module imports Avalanche."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, final
+
+import numpy as np
+import torch
+from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins.gem import GEMPlugin
+from torch import Tensor
+
+
+def silent_evaluator() -> EvaluationPlugin:
+    """An evaluator without metrics and loggers: the runner evaluates."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no logger
+        return EvaluationPlugin()
+
+
+@final
+class StepReport(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not typed
+    """Calls a function after every training step with the size of the strategy's batch."""
+
+    def __init__(self, report: Callable[[int], None]) -> None:
+        super().__init__()
+        self.report = report
+
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        self.report(strategy.train_mb_size)
+
+
+@final
+class GEM(GEMPlugin):  # type: ignore[misc]
+    """Avalanche's GEM with a solver that is always there: its own needs the ``quadprog`` package."""
+
+    @torch.no_grad()
+    def solve_quadprog(self, g: Tensor) -> Tensor:
+        """The gradient nearest to ``g`` (p,) that hurts no experience kept; GEM's equation 11, solved in its dual.
+
+        The dual ``min 1/2 v'GG'v + (Gg)'v, v >= memory_strength`` is a non-negative least-squares problem in
+        ``v - memory_strength`` once GG' is factored.
+        """
+        from scipy.optimize import nnls  # type: ignore[import-untyped]  # without types
+
+        kept = self.G.double().cpu().numpy()
+        gradient = g.double().cpu().numpy()
+        gram = kept @ kept.T
+        gram = gram + np.eye(len(gram)) * (1e-3 + 1e-8 * np.trace(gram))
+        linear = kept @ gradient + gram @ np.full(len(gram), self.memory_strength)
+        factor = np.linalg.cholesky(gram)
+        v, _ = nnls(factor.T, -np.linalg.solve(factor, linear))
+        projected = gradient + kept.T @ (v + self.memory_strength)
+        return torch.from_numpy(projected).to(g.dtype)

@@ -1,0 +1,144 @@
+"""The strategies by name. Listing them imports neither torch nor Avalanche."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from nnheads.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from nnheads.strategies.learner import Learner, Setup
+
+__all__ = ["STRATEGIES", "StrategySpec", "list_strategies", "strategy_spec"]
+
+_OWN = "nnheads.strategies.replay_learner"
+_AVALANCHE = "nnheads.strategies.avalanche"
+
+
+@final
+@dataclass(frozen=True)
+class StrategySpec:
+    """A strategy by name.
+
+    Attributes:
+        name: what ``--strategy`` takes.
+        factory: ``module:function`` of what builds it from a `Setup`; imported by `build`.
+        description: one line.
+        classifier: ``"any"`` where it takes any head; ``"dense"`` where it trains the backbone's own dense classifier;
+            otherwise what it decides by instead of a head.
+        default_head: the head where the user names none.
+        transformed: whether it wants Avalanche's items ``(x, y, t)``, transformed one by one, instead of raw images
+            with ids.
+        uses_memory: whether the memory budget means anything to it.
+        checkpoints: whether it can be saved and resumed between experiences.
+        own_options: whether ``ema``, ``dense_loss`` and ``batch_centers`` mean anything to it.
+        takes_options: whether it has options of its own, ``strategy_options``.
+    """
+
+    name: str
+    factory: str
+    description: str
+    classifier: str = "dense"
+    default_head: str = "dense"
+    transformed: bool = True
+    uses_memory: bool = True
+    checkpoints: bool = False
+    own_options: bool = False
+    takes_options: bool = False
+
+    @property
+    def brings_own_classifier(self) -> bool:
+        """Whether it decides by something else than a head, so that no head can be chosen."""
+        return self.classifier not in ("any", "dense")
+
+    def resolve_head(self, head: str | None) -> str:
+        """The name of the head that a run has, or of what stands in its place.
+
+        Raises:
+            ConfigError: the strategy cannot work with the head that was named.
+        """
+        if self.classifier == "any":
+            return head or self.default_head
+        if head is None or (head == "dense" and self.classifier == "dense"):
+            return self.classifier
+        if self.brings_own_classifier:
+            raise ConfigError(
+                f"strategy {self.name!r} brings its own classifier ({self.classifier}) and cannot take head {head!r}: "
+                "leave --head out, or take --strategy replay, which works with any head"
+            )
+        raise ConfigError(
+            f"strategy {self.name!r} trains the backbone's dense classifier and cannot take head {head!r}: leave "
+            "--head out, or take --strategy replay, which works with any head"
+        )
+
+    def build(self, setup: Setup) -> Learner:
+        """The strategy itself."""
+        module, _, function = self.factory.partition(":")
+        make: Callable[[Setup], Learner] = vars(importlib.import_module(module))[function]
+        return make(setup)
+
+
+def _avalanche(
+    name: str, function: str, description: str, classifier: str = "dense", uses_memory: bool = True
+) -> StrategySpec:
+    return StrategySpec(name, f"{_AVALANCHE}:{function}", description, classifier, uses_memory=uses_memory)
+
+
+STRATEGIES: dict[str, StrategySpec] = {
+    spec.name: spec
+    for spec in (
+        StrategySpec(
+            "replay",
+            f"{_OWN}:build_replay",
+            "class-balanced exemplars, replayed beside the new samples and the head's memory at test; any head",
+            classifier="any",
+            default_head="impostor",
+            transformed=False,
+            checkpoints=True,
+            own_options=True,
+        ),
+        StrategySpec(
+            "impostor",
+            "nnheads.strategies.impostor:build_impostor",
+            "replay whose exemplars are the centers, dropped and added by Algorithm 1; a head that votes by kernels",
+            classifier="any",
+            default_head="impostor",
+            transformed=False,
+            checkpoints=True,
+            own_options=True,
+            takes_options=True,
+        ),
+        _avalanche("naive", "naive", "plain fine-tuning on each experience (lower bound)", uses_memory=False),
+        _avalanche("avalanche-replay", "replay", "Avalanche's Replay, the same exemplar budget"),
+        _avalanche("er-ace", "er_ace", "ER-ACE, asymmetric cross-entropy (Caccia et al. 2022)"),
+        _avalanche("der", "der", "DER++, dark experience replay (Buzzega et al. 2020)"),
+        _avalanche("icarl", "icarl", "iCaRL, herding and distillation (Rebuffi et al. 2017)", "nearest-class-mean"),
+        _avalanche("gdumb", "gdumb", "GDumb, from scratch on the exemplars alone (Prabhu et al. 2020)"),
+        _avalanche("scr", "scr", "supervised contrastive replay (Mai et al. 2021)", "nearest-class-mean"),
+        _avalanche("slda", "slda", "streaming LDA on a frozen backbone (Hayes et al. 2020)", "lda", False),
+        _avalanche("ewc", "ewc", "elastic weight consolidation (Kirkpatrick et al. 2017)", uses_memory=False),
+        _avalanche("gem", "gem", "gradient episodic memory (Lopez-Paz and Ranzato 2017)"),
+        _avalanche("si", "si", "synaptic intelligence (Zenke et al. 2017)", uses_memory=False),
+        _avalanche("joint", "joint", "all experiences at once, shuffled (upper bound)", uses_memory=False),
+        _avalanche("cumulative", "cumulative", "each experience with all before it (upper bound)", uses_memory=False),
+    )
+}
+
+
+def list_strategies() -> list[StrategySpec]:
+    """The strategies, in the order in which they are listed to a user."""
+    return list(STRATEGIES.values())
+
+
+def strategy_spec(name: str) -> StrategySpec:
+    """A strategy by name.
+
+    Raises:
+        UnknownNameError: there is none of that name.
+    """
+    if name not in STRATEGIES:
+        raise unknown_name("strategy", name, STRATEGIES)
+    return STRATEGIES[name]

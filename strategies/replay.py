@@ -1,0 +1,303 @@
+"""Replay of exemplars for any head, on Avalanche's training template.
+
+Importing this module imports Avalanche, which takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from avalanche.training.templates import SupervisedTemplate
+from torch import Tensor, nn
+
+from nnheads.averaging import WeightAverage
+from nnheads.data import Augmentation, BatchLoader, ImageSet, Preprocessing, materialize
+from nnheads.devices import Precision, autocast_for, prefers_channels_last
+from nnheads.errors import ConfigError
+from nnheads.headed import HeadedModel
+from nnheads.heads.base import Head
+from nnheads.heads.memory_head import MemoryHead
+from nnheads.strategies.averaged import averaged_copy, module_bytes
+from nnheads.strategies.batch_centers import vote_loss_with_batch, votes_by_kernel
+from nnheads.strategies.buffer import ExemplarBuffer
+from nnheads.strategies.plugins import silent_evaluator
+from nnheads.strategies.refill import EMBED_BATCH, refill
+from nnheads.strategies.replay_loader import ReplayLoader
+
+
+@final
+class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is not typed
+    """Each step: a batch of new samples and one from a class-balanced `ExemplarBuffer`, trained by the head's own loss.
+
+    New samples are offered to the buffer as they come, and the memory of a head that trains on its centers holds the
+    samples of the buffer all the time, so that new classes have centers from their first step and the budget holds for
+    centers too. A center enters with the embedding of that step. After each experience the memory is filled anew with
+    exactly the buffer's samples, embedded in evaluation mode.
+
+    Works on any Avalanche benchmark whose items are ``(x, y, id)`` with raw uint8 images. Avalanche's plugins and
+    loggers work as usual; with an evaluator that has metrics, the head's output is computed a second time each step.
+
+    Args:
+        model: backbone and head; the head has room for all classes, or widens as they come.
+        preprocessing: what is done to the images.
+        augment: what is done to a batch of images in training.
+        buffer: the exemplars.
+        learning_rate: of SGD, constant.
+        replay_batch: replayed samples a step; 0 for none.
+        seed: of order, augmentation and replay.
+        precision: see `nnheads.training.autocast_for`.
+        ema: decay of an averaged model that answers in place of the trained one; None for none.
+        head_loss: weight of the head's own loss.
+        dense_loss: weight of the cross-entropy of an auxiliary dense classifier on the embeddings, which is no part of
+            the saved model.
+        batch_centers: count the batch's own embeddings as centers, each left out for itself; for heads that vote with
+            Gaussian kernels.
+        train_mb_size, train_epochs, eval_mb_size, device, plugins, evaluator, eval_every: as in Avalanche.
+
+    Attributes:
+        intake: classes whose new samples are offered to the buffer; None for all.
+        further_loss: of the images and embeddings of a batch; added to the loss.
+    """
+
+    dataloader: Any
+
+    def __init__(
+        self,
+        *,
+        model: HeadedModel,
+        preprocessing: Preprocessing,
+        augment: Augmentation,
+        buffer: ExemplarBuffer,
+        learning_rate: float,
+        replay_batch: int,
+        seed: int = 0,
+        precision: Precision = "auto",
+        ema: float | None = None,
+        head_loss: float = 1.0,
+        dense_loss: float = 0.0,
+        batch_centers: bool = False,
+        train_mb_size: int = 32,
+        train_epochs: int = 1,
+        eval_mb_size: int = EMBED_BATCH,
+        device: str | torch.device = "cpu",
+        plugins: Sequence[Any] | None = None,
+        evaluator: Any = None,
+        eval_every: int = -1,
+    ) -> None:
+        where = torch.device(device)
+        self.channels_last = prefers_channels_last(where, precision)
+        model.to(where)
+        if self.channels_last:
+            model.backbone.to(memory_format=torch.channels_last)
+        if ema is not None and not 0 < ema < 1:
+            raise ConfigError(f"ema must be between 0 and 1, not {ema}")
+        if batch_centers:
+            votes_by_kernel(model.head)
+        self.average = WeightAverage(model, ema) if ema is not None else None
+        self.averaged: HeadedModel | None = None
+        # Outside the model: what is saved is the backbone and the head.
+        self.auxiliary = nn.Linear(model.in_features, model.head.num_classes).to(where) if dense_loss else None
+        groups = [{"params": list(model.backbone.parameters())}, *model.head.param_groups(learning_rate)]
+        if self.auxiliary is not None:
+            groups.append({"params": list(self.auxiliary.parameters())})
+        super().__init__(
+            model=model,
+            optimizer=torch.optim.SGD(groups, lr=learning_rate),
+            criterion=nn.NLLLoss(),
+            train_mb_size=train_mb_size,
+            train_epochs=train_epochs,
+            eval_mb_size=eval_mb_size,
+            device=device,
+            plugins=plugins,
+            evaluator=silent_evaluator() if evaluator is None else evaluator,
+            eval_every=eval_every,
+        )
+        self.preprocessing = preprocessing
+        self.augment = augment
+        self.buffer = buffer
+        self.replay_batch = replay_batch
+        self.seed = seed
+        self.precision = precision
+        self.head_loss = head_loss
+        self.dense_loss = dense_loss
+        self.batch_centers = batch_centers
+        self.intake: frozenset[int] | None = None
+        self.further_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.epochs_done = 0
+        self.gradient_samples = 0
+        self._data: ImageSet | None = None
+        self._order = torch.zeros(0, dtype=torch.int64)
+        self._features = torch.zeros(0)
+
+    @property
+    def answering(self) -> HeadedModel:
+        """The model that answers in evaluation: the averaged one where there is one."""
+        model: HeadedModel = self.model if self.averaged is None else self.averaged
+        return model
+
+    @property
+    def experience_data(self) -> ImageSet:
+        """The images of the experience that is being learned."""
+        assert self._data is not None, "no experience is being learned"
+        return self._data
+
+    @property
+    def head(self) -> Head:
+        """The head that is trained."""
+        head: Head = self.model.head
+        return head
+
+    # ---- what Avalanche calls ------------------------------------------------------------------------------------
+
+    def make_train_dataloader(self, **kwargs: Any) -> None:
+        """Images into memory, batches augmented and normalised as a whole."""
+        self._data = data = materialize(self.adapted_dataset, self.buffer.class_names)
+        self._order = data.ids.argsort()
+        loader = BatchLoader(
+            data,
+            self.preprocessing,
+            self.train_mb_size,
+            shuffle=True,
+            augment=self.augment,
+            seed=self.seed,
+            device=self.device,
+            channels_last=self.channels_last,
+        )
+        loader.set_epoch(self.epochs_done)
+        self.dataloader = ReplayLoader(
+            loader, self.buffer, self.replay_batch, self.clock.train_exp_counter, self.augment
+        )
+
+    def make_eval_dataloader(self, **kwargs: Any) -> None:
+        """The same for evaluation by Avalanche."""
+        data = materialize(self.adapted_dataset)
+        loader = BatchLoader(
+            data, self.preprocessing, self.eval_mb_size, device=self.device, channels_last=self.channels_last
+        )
+        self.dataloader = ((x, y, ids, torch.zeros_like(y)) for x, y, ids in loader)
+
+    def check_model_and_optimizer(self, reset_optimizer_state: bool = False, **kwargs: Any) -> None:
+        """Parameters that a wider head brought join the optimizer, those they replaced leave it."""
+        wanted = list(self.model.parameters()) + (list(self.auxiliary.parameters()) if self.auxiliary else [])
+        alive = {id(p) for p in wanted}
+        for group in self.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) in alive]
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        fresh = [p for p in wanted if id(p) not in known]
+        if fresh:
+            self.optimizer.add_param_group({"params": fresh})
+
+    def model_adaptation(self, model: nn.Module | None = None) -> nn.Module:
+        """Nothing: Avalanche adapts on test experiences too, which would tell the head of classes to come."""
+        adapted: nn.Module = self.model if model is None else model
+        return adapted
+
+    def training_epoch(self, **kwargs: Any) -> None:
+        """One pass over the experience."""
+        super().training_epoch(**kwargs)
+        self.epochs_done += 1
+
+    def forward(self) -> Tensor:
+        """Embeddings of the batch, and in evaluation or for metrics the head's output."""
+        if not self.is_training:
+            with autocast_for(self.device, self.precision):
+                log_probs: Tensor = self.answering(self.mb_x)
+            return log_probs
+        with autocast_for(self.device, self.precision):
+            self._features = self.model.features(self.mb_x).float()
+        self.gradient_samples += len(self.mb_y)
+        self._keep_new()
+        if not self.evaluator.metrics:
+            return self._features
+        with torch.no_grad():
+            output: Tensor = self.head(self._features, ids=self.mb_ids)
+        return output
+
+    def criterion(self) -> Tensor:
+        """The training loss; in evaluation the negative log-likelihood."""
+        if not self.is_training:
+            return F.nll_loss(self.mb_output, self.mb_y)
+        z, y, ids = self._features, self.mb_y, self.mb_ids
+        loss = z.new_zeros(())
+        if self.head_loss:
+            own = vote_loss_with_batch(self.head, z, y, ids) if self.batch_centers else self.head.loss(z, y, ids=ids)
+            loss = self.head_loss * own
+        if self.auxiliary is not None:
+            loss = loss + self.dense_loss * F.cross_entropy(self.auxiliary(z), y)
+        if self.further_loss is not None:
+            loss = loss + self.further_loss(self.mb_x, z)
+        return loss
+
+    def optimizer_step(self) -> None:
+        """A step of the weights, followed by the averaged ones."""
+        super().optimizer_step()
+        if self.average is not None:
+            self.average.update()
+
+    def _after_training_exp(self, **kwargs: Any) -> None:
+        self._data = None
+        self._features = torch.zeros(0)
+        self.remember()
+        super()._after_training_exp(**kwargs)
+
+    @property
+    def mb_ids(self) -> Tensor:
+        """Ids of the current batch."""
+        ids: Tensor = self.mbatch[2]
+        return ids
+
+    # ---- centers -------------------------------------------------------------------------------------------------
+
+    def remember(self) -> None:
+        """Fill the memory of the head that answers, and of the one that trains, with the buffer's samples."""
+        if self.average is not None:
+            self.averaged = averaged_copy(self.model, self.average)
+            self.fill(self.averaged)
+        self.fill(self.model)
+
+    def fill(self, model: HeadedModel) -> None:
+        """Embed the buffer's samples anew as the centers of a model; without their images the centers stay."""
+        if self.buffer.keeps_images:
+            exemplars = self.buffer.exemplars()
+            refill(model, exemplars, self.preprocessing, self.device, self.precision, self.channels_last)
+        elif isinstance(model.head, MemoryHead):
+            model.head.refreshed()
+
+    def _keep_new(self) -> None:
+        """Offer the new samples of the batch to the buffer; centers follow with the embeddings of this step."""
+        data = self.experience_data
+        ids = self.mb_ids[: self.dataloader.new_in_batch].cpu()
+        rows = self._order[torch.searchsorted(data.ids[self._order], ids)]
+        wanted = torch.arange(len(rows))
+        if self.intake is not None:
+            classes = torch.tensor(sorted(self.intake), dtype=torch.int64)
+            wanted = torch.isin(data.labels[rows], classes).nonzero().flatten()
+        if not len(wanted):
+            return
+        change = self.buffer.offer(data, rows[wanted], self.clock.train_exp_counter)
+        head = self.head
+        if not isinstance(head, MemoryHead) or head.trains_with != "output":
+            return
+        if len(change.left):
+            left = change.left.to(self.device)
+            head.drop(left[head.memory.rows_of(left) >= 0])
+        if len(change.entered):
+            at = wanted[change.entered].to(self.device)
+            head.memorize(self._features[at].detach(), self.mb_y[at], ids=self.mb_ids[at])
+
+    # ---- what is kept --------------------------------------------------------------------------------------------
+
+    def memory_parts(self) -> dict[str, int]:
+        """Bytes of what is kept between experiences beside one copy of the weights."""
+        parts = {"exemplars": self.buffer.bytes}
+        models = [self.model] if self.averaged is None else [self.model, self.averaged]
+        heads = [model.head for model in models]
+        parts["centers"] = sum(head.memory.bytes for head in heads if isinstance(head, MemoryHead))
+        if self.average is not None:
+            parts["averaged_weights"] = module_bytes(self.average.averaged.module)
+        if self.auxiliary is not None:
+            parts["auxiliary_classifier"] = module_bytes(self.auxiliary)
+        return parts

@@ -1,0 +1,142 @@
+"""The strategy ``replay`` as the runner uses it. Importing this module imports Avalanche."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from nnheads.attach import attach_head
+from nnheads.data import get_augmentation
+from nnheads.devices import autocast_for
+from nnheads.headed import HeadedModel
+from nnheads.strategies.buffer import ExemplarBuffer
+from nnheads.strategies.learner import Learner, Setup
+from nnheads.strategies.plugins import StepReport
+from nnheads.strategies.replay import ReplayStrategy
+
+
+@final
+class ReplayLearner(Learner):
+    """`ReplayStrategy` as the runner uses it.
+
+    Args:
+        setup: the settings.
+        keep_images: whether the images of the samples in the buffer are kept.
+    """
+
+    def __init__(self, setup: Setup, *, keep_images: bool = True) -> None:
+        model = attach_head(
+            setup.backbone,
+            setup.head,
+            num_classes=setup.num_classes,
+            preprocessing=setup.preprocessing,
+            class_names=setup.class_names,
+            **setup.head_options,
+        )
+        buffer = ExemplarBuffer(
+            setup.memory,
+            (setup.preprocessing.channels, *setup.preprocessing.size) if keep_images else None,
+            seed=setup.seed,
+            class_names=setup.class_names,
+        )
+        self.setup = setup
+        self.strategy = ReplayStrategy(
+            model=model,
+            preprocessing=setup.preprocessing,
+            augment=get_augmentation(setup.augment),
+            buffer=buffer,
+            learning_rate=setup.learning_rate,
+            replay_batch=setup.replay_batch,
+            seed=setup.seed,
+            precision=setup.precision,
+            ema=setup.ema,
+            dense_loss=setup.dense_loss,
+            batch_centers=setup.batch_centers,
+            train_mb_size=setup.batch_size,
+            train_epochs=setup.epochs,
+            device=setup.device,
+            plugins=[StepReport(setup.on_step)] if setup.on_step is not None else None,
+        )
+
+    @property
+    def buffer(self) -> ExemplarBuffer:
+        """The exemplars."""
+        return self.strategy.buffer
+
+    def learn(self, experience: int) -> None:
+        self.strategy.train(self.setup.benchmark.train_stream[experience], eval_streams=[])
+
+    @torch.no_grad()
+    def scores(self, x: Tensor) -> Tensor:
+        model = self.strategy.answering.eval()
+        with autocast_for(self.setup.device, self.setup.precision):
+            log_probs: Tensor = model(x)
+        return log_probs
+
+    @property
+    def gradient_samples(self) -> int:
+        return self.strategy.gradient_samples
+
+    @property
+    def exemplars(self) -> int:
+        return len(self.buffer)
+
+    @property
+    def channels_last(self) -> bool:
+        return self.strategy.channels_last
+
+    def memory_parts(self) -> dict[str, int]:
+        return self.strategy.memory_parts()
+
+    def headed_model(self) -> HeadedModel:
+        return self.strategy.answering
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        strategy = self.strategy
+        buffer, buffer_values = self.buffer.state()
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "model": strategy.model.state_dict(),
+            "buffer": buffer,
+            "random": {"cpu": torch.get_rng_state()},
+        }
+        if strategy.average is not None:
+            parts["average"] = strategy.average.averaged.state_dict()
+        if strategy.auxiliary is not None:
+            parts["auxiliary"] = strategy.auxiliary.state_dict()
+        tensors = {f"{part}.{name}": tensor for part, group in parts.items() for name, tensor in group.items()}
+        values = {
+            "buffer": buffer_values,
+            "experiences": strategy.clock.train_exp_counter,
+            "epochs": strategy.epochs_done,
+            "gradient_samples": strategy.gradient_samples,
+            "averaged_steps": strategy.average.steps if strategy.average is not None else 0,
+        }
+        return tensors, values
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        strategy = self.strategy
+        strategy.model.load_state_dict(_part(tensors, "model"))
+        self.buffer.load_state(_part(tensors, "buffer"), values["buffer"])
+        if strategy.average is not None:
+            strategy.average.averaged.load_state_dict(_part(tensors, "average"))
+            strategy.average.steps = int(values["averaged_steps"])
+        if strategy.auxiliary is not None:
+            strategy.auxiliary.load_state_dict(_part(tensors, "auxiliary"))
+        strategy.clock.train_exp_counter = int(values["experiences"])
+        strategy.epochs_done = int(values["epochs"])
+        strategy.gradient_samples = int(values["gradient_samples"])
+        # What was chosen from the centers, such as the width of a kernel, is chosen again.
+        strategy.remember()
+        torch.set_rng_state(tensors["random.cpu"])
+
+
+def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+
+
+def build_replay(setup: Setup) -> Learner:
+    """Factory of ``replay``."""
+    return ReplayLearner(setup)

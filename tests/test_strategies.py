@@ -1,0 +1,411 @@
+"""Exemplar buffer, the replay strategy and the table of strategies."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nnheads.benchmarks.quiet import import_avalanche, quiet_avalanche
+from nnheads.benchmarks.streams import Stream, make_stream
+from nnheads.data import ImageSet
+from nnheads.errors import ConfigError, UnknownNameError
+from nnheads.heads import build_head, list_heads
+from nnheads.heads.memory_head import MemoryHead
+from nnheads.strategies import list_strategies, strategy_spec
+from nnheads.strategies.batch_centers import vote_loss_with_batch
+from nnheads.strategies.buffer import ExemplarBuffer
+from nnheads.strategies.learner import Setup
+
+SHAPE = (1, 8, 8)
+
+
+def images_of(labels: list[int], first_id: int = 0) -> ImageSet:
+    """Images whose first pixel is their id."""
+    ids = torch.arange(first_id, first_id + len(labels))
+    images = torch.zeros(len(labels), *SHAPE, dtype=torch.uint8)
+    images[:, 0, 0, 0] = ids.to(torch.uint8)
+    return ImageSet(images, torch.tensor(labels), ids, tuple("abcdefghij"))
+
+
+def small_stream(experiences: int = 2, per_class: int = 30) -> Stream:
+    """The first experiences of split-digits with a few images of each class."""
+    whole = make_stream("split-digits", seed=0)
+    rows, parts, start = [], [], 0
+    for e in range(experiences):
+        part = whole.train_indices(e)
+        chosen = torch.cat([part[whole.train.labels[part] == c][:per_class] for c in whole.experiences[e]])
+        rows.append(chosen)
+        parts.append(torch.arange(start, start + len(chosen)))
+        start += len(chosen)
+    train = whole.train.subset(torch.cat(rows))
+    return replace(whole, train=train, experiences=whole.experiences[:experiences], train_parts=tuple(parts))
+
+
+def replay_setup(stream: Stream, head: str = "impostor", **options: Any) -> Setup:
+    from nnheads.backbones import build_backbone
+
+    import_avalanche()
+    torch.manual_seed(0)
+    given = {"epochs": 1, "batch_size": 16, "replay_batch": 16, "memory": 20, "learning_rate": 0.05, "seed": 0}
+    return Setup(
+        backbone=build_backbone("convnet", num_classes=10, in_channels=1),
+        head=head,
+        benchmark=stream.benchmark,
+        preprocessing=stream.preprocessing,
+        class_names=stream.class_names,
+        augment="crop",
+        device=torch.device("cpu"),
+        **{**given, **options},
+    )
+
+
+# ---- the buffer --------------------------------------------------------------------------------------------------
+
+
+def test_buffer_shares_the_budget_among_the_classes_seen() -> None:
+    buffer = ExemplarBuffer(10, SHAPE)
+    data = images_of([0] * 20 + [1] * 20 + [2] * 20)
+    buffer.offer(data, torch.arange(20))
+    assert len(buffer) == 10
+    buffer.offer(data, torch.arange(20, 40))
+    assert torch.bincount(buffer.labels).tolist() == [5, 5]
+    buffer.offer(data, torch.arange(40, 60))
+    assert torch.bincount(buffer.labels).tolist() == [3, 3, 3]
+
+
+def test_buffer_keeps_image_and_label_with_their_id() -> None:
+    data = images_of([0, 1, 2] * 30)
+    buffer = ExemplarBuffer(7, SHAPE, seed=3)
+    for rows in torch.randperm(90).split(11):
+        buffer.offer(data, rows)
+        held = buffer.exemplars()
+        assert torch.equal(held.images[:, 0, 0, 0].long(), held.ids)
+        assert torch.equal(held.labels, data.labels[held.ids])
+        assert len(held.ids.unique()) == len(held)
+
+
+def test_buffer_choice_depends_on_the_seed_and_not_on_the_order() -> None:
+    data = images_of([0, 1] * 50)
+
+    def chosen(seed: int, order: Tensor, chunk: int) -> set[int]:
+        buffer = ExemplarBuffer(10, SHAPE, seed=seed)
+        for rows in order.split(chunk):
+            buffer.offer(data, rows)
+        return set(buffer.ids.tolist())
+
+    forward = chosen(0, torch.arange(100), 8)
+    assert forward == chosen(0, torch.arange(100).flip(0), 100)
+    assert forward != chosen(1, torch.arange(100), 8)
+
+
+def test_buffer_choice_is_uniform() -> None:
+    data = images_of([0] * 40)
+    counts = torch.zeros(40)
+    for seed in range(400):
+        buffer = ExemplarBuffer(10, SHAPE, seed=seed)
+        buffer.offer(data, torch.arange(40))
+        counts[buffer.ids] += 1
+    # 400 draws at 1/4: mean 100, standard deviation 8.7
+    assert counts.min() > 60
+    assert counts.max() < 140
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    budget=st.integers(1, 12),
+    batches=st.lists(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 200)), min_size=1, max_size=20), max_size=8),
+)
+def test_buffer_never_exceeds_budget_or_quota(budget: int, batches: list[list[tuple[int, int]]]) -> None:
+    buffer = ExemplarBuffer(budget, SHAPE)
+    label_of: dict[int, int] = {}
+    held: set[int] = set()
+    for batch in batches:
+        samples = {i: label_of.setdefault(i, label) for label, i in batch}
+        data = ImageSet(
+            torch.zeros(len(samples), *SHAPE, dtype=torch.uint8),
+            torch.tensor(list(samples.values())),
+            torch.tensor(list(samples)),
+            tuple("abcde"),
+        )
+        change = buffer.offer(data, torch.arange(len(data)))
+        assert len(buffer) <= budget
+        assert all(count <= buffer.quota for count in torch.bincount(buffer.labels).tolist())
+        now = set(buffer.ids.tolist())
+        assert now - held == set(data.ids[change.entered].tolist())
+        assert held - now == set(change.left.tolist())
+        held = now
+
+
+def test_buffer_draws_what_came_before_an_experience() -> None:
+    data = images_of([0] * 10 + [1] * 10)
+    buffer = ExemplarBuffer(20, SHAPE)
+    generator = torch.Generator().manual_seed(0)
+    buffer.offer(data, torch.arange(10), experience=0)
+    assert len(buffer.draw(4, generator, before=0)[1]) == 0
+    buffer.offer(data, torch.arange(10, 20), experience=1)
+    _, labels, ids = buffer.draw(10, generator, before=1)
+    assert labels.tolist() == [0] * 10
+    assert len(ids.unique()) == 10
+    assert len(buffer.draw(30, generator)[1]) == 30
+
+
+def test_buffer_state_goes_on_as_if_uninterrupted() -> None:
+    data = images_of([0, 1] * 50)
+    first, second = ExemplarBuffer(10, SHAPE, seed=5), ExemplarBuffer(10, SHAPE)
+    first.offer(data, torch.arange(60), experience=2)
+    second.load_state(*first.state())
+    for buffer in (first, second):
+        buffer.offer(data, torch.arange(60, 100), experience=3)
+    drawn = [b.draw(5, torch.Generator().manual_seed(1), before=3) for b in (first, second)]
+    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+    assert first.bytes == sum(t.numel() * t.element_size() for t in first.state()[0].values())
+    with pytest.raises(ConfigError, match="10 saved exemplars do not fit a memory of 5"):
+        ExemplarBuffer(5, SHAPE).load_state(*first.state())
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------
+
+
+def test_every_strategy_has_its_factory() -> None:
+    import_avalanche()
+    for spec in list_strategies():
+        module, _, function = spec.factory.partition(":")
+        assert callable(vars(importlib.import_module(module))[function]), spec.name
+
+
+def test_unknown_strategy_names_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'er-ace'"):
+        strategy_spec("er-ac")
+
+
+def test_a_strategy_with_its_own_classifier_refuses_a_head() -> None:
+    assert strategy_spec("replay").resolve_head("nngk") == "nngk"
+    assert strategy_spec("replay").resolve_head(None) == "impostor"
+    assert strategy_spec("er-ace").resolve_head("dense") == "dense"
+    assert strategy_spec("icarl").resolve_head(None) == "nearest-class-mean"
+    for name, head in (("icarl", "dense"), ("scr", "impostor"), ("slda", "knn")):
+        with pytest.raises(ConfigError, match=f"strategy '{name}' brings its own classifier .* head '{head}'"):
+            strategy_spec(name).resolve_head(head)
+    with pytest.raises(ConfigError, match="trains the backbone's dense classifier"):
+        strategy_spec("naive").resolve_head("impostor")
+
+
+# ---- replay ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["impostor", "nngk", "kernel", "knn", "nca"])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_memory_at_test_is_the_buffer(head: str, ema: float | None) -> None:
+    from nnheads.strategies.replay_learner import ReplayLearner
+
+    stream = small_stream()
+    learner = ReplayLearner(replay_setup(stream, head, ema=ema))
+    for e in range(2):
+        learner.learn(e)
+        answering = learner.headed_model()
+        assert isinstance(answering.head, MemoryHead)
+        memory = answering.head.memory
+        assert sorted(memory.ids[: len(memory)].tolist()) == sorted(learner.buffer.ids.tolist())
+        assert len(memory) == learner.exemplars == 20
+    by_id = {int(i): int(c) for i, c in zip(stream.train.ids, stream.train.labels, strict=True)}
+    assert [by_id[i] for i in memory.ids[:20].tolist()] == memory.labels[:20].tolist()
+
+
+@pytest.mark.parametrize("head", ["impostor", "nngk", "knn"])
+def test_centers_at_test_are_embeddings_of_the_answering_backbone(head: str) -> None:
+    from nnheads.strategies.replay_learner import ReplayLearner
+
+    learner = ReplayLearner(replay_setup(small_stream(), head, ema=0.9, precision="float32"))
+    learner.learn(0)
+    model = learner.headed_model().eval()
+    assert isinstance(model.head, MemoryHead)
+    held = learner.buffer.exemplars()
+    rows = model.head.memory.rows_of(held.ids)
+    with torch.no_grad():
+        z = model.features(learner.setup.preprocessing(held.images))
+    torch.testing.assert_close(model.head.memory.keys[rows], z, atol=1e-4, rtol=1e-4)
+
+
+def test_budget_holds_for_exemplars_and_centers_at_every_step() -> None:
+    from nnheads.strategies.replay_learner import ReplayLearner
+
+    held: list[tuple[int, int]] = []
+
+    def watch(samples: int) -> None:
+        memory = learner.strategy.head.memory
+        held.append((len(learner.buffer), len(memory)))
+        assert sorted(memory.ids[: len(memory)].tolist()) == sorted(learner.buffer.ids.tolist())
+
+    learner = ReplayLearner(replay_setup(small_stream(3), memory=13, on_step=watch))
+    for e in range(3):
+        learner.learn(e)
+    assert len(held) >= 12
+    assert max(exemplars for exemplars, _ in held) <= 13
+    assert max(centers for _, centers in held) <= 13
+
+
+def test_new_classes_have_centers_from_their_first_step() -> None:
+    from nnheads.strategies.replay_learner import ReplayLearner
+
+    stream = small_stream()
+    seen: list[set[int]] = []
+    learner = ReplayLearner(
+        replay_setup(stream, on_step=lambda n: seen.append(set(learner.strategy.head.memory.labels.tolist())))
+    )
+    learner.learn(0)
+    seen.clear()
+    learner.learn(1)
+    assert set(stream.experiences[1]) <= seen[0]
+
+
+def test_replay_batches_hold_new_samples_then_old_ones() -> None:
+    from nnheads.strategies.replay_learner import ReplayLearner
+
+    stream = small_stream()
+    learner = ReplayLearner(replay_setup(stream))
+    batches: list[Tensor] = []
+    strategy = learner.strategy
+    original = strategy.criterion
+
+    def record() -> Tensor:
+        batches.append(strategy.mb_y)
+        return original()
+
+    strategy.criterion = record
+    learner.learn(0)
+    learner.learn(1)
+    first, second = set(stream.experiences[0]), set(stream.experiences[1])
+    assert all(set(y.tolist()) <= first for y in batches[:4])
+    assert len(batches) == 8
+    for y in batches[4:]:
+        assert set(y[:-16].tolist()) <= second
+        assert set(y[-16:].tolist()) <= first
+    assert learner.gradient_samples == sum(len(y) for y in batches) == 2 * 60 + 4 * 16
+
+
+def test_dense_loss_trains_a_classifier_that_is_not_saved() -> None:
+    from nnheads.strategies.replay_learner import ReplayLearner
+
+    learner = ReplayLearner(replay_setup(small_stream(), dense_loss=1.0))
+    auxiliary = learner.strategy.auxiliary
+    assert auxiliary is not None
+    before = auxiliary.weight.detach().clone()
+    learner.learn(0)
+    assert not torch.equal(before, auxiliary.weight)
+    assert not any("auxiliary" in name for name in learner.headed_model().state_dict())
+    assert learner.memory_parts()["auxiliary_classifier"] == 4 * (128 * 10 + 10)
+
+
+def test_averaged_weights_answer_and_are_counted() -> None:
+    from nnheads.strategies.replay_learner import ReplayLearner
+
+    learner = ReplayLearner(replay_setup(small_stream(), ema=0.99))
+    learner.learn(0)
+    trained, answering = learner.strategy.model, learner.headed_model()
+    assert answering is not trained
+    assert not torch.equal(answering.backbone.conv1.weight, trained.backbone.conv1.weight)
+    weights = sum(t.numel() * t.element_size() for t in [*trained.backbone.parameters(), *trained.backbone.buffers()])
+    assert learner.memory_parts()["averaged_weights"] >= weights
+
+
+def test_avalanche_evaluates_and_logs_it_like_its_own() -> None:
+    import_avalanche()
+    from avalanche.evaluation.metrics import accuracy_metrics
+    from avalanche.training.plugins import EvaluationPlugin
+
+    from nnheads.attach import attach_head
+    from nnheads.data import get_augmentation
+    from nnheads.strategies.replay import ReplayStrategy
+
+    stream = small_stream()
+    setup = replay_setup(stream)
+    with quiet_avalanche():
+        strategy = ReplayStrategy(
+            model=attach_head(setup.backbone, "impostor", num_classes=10),
+            preprocessing=stream.preprocessing,
+            augment=get_augmentation("none"),
+            buffer=ExemplarBuffer(20, SHAPE),
+            learning_rate=0.05,
+            replay_batch=16,
+            train_epochs=4,
+            train_mb_size=16,
+            evaluator=EvaluationPlugin(accuracy_metrics(epoch=True, experience=True, stream=True)),
+        )
+        trained = strategy.train(stream.benchmark.train_stream[0], eval_streams=[])
+        found = strategy.eval(stream.benchmark.test_stream[:1])
+    [accuracy] = [v for name, v in found.items() if name.startswith("Top1_Acc_Stream/eval_phase")]
+    assert accuracy > 0.9
+    assert any(name.startswith("Top1_Acc_Epoch/train_phase") for name in trained)
+
+
+def test_a_wider_head_joins_the_optimizer() -> None:
+    from nnheads.strategies.replay_learner import ReplayLearner
+
+    learner = ReplayLearner(replay_setup(small_stream(), "dense"))
+    learner.learn(0)
+    learner.strategy.head.widen(12)
+    learner.learn(1)
+    held = {id(p) for group in learner.strategy.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in learner.strategy.model.parameters()}
+
+
+# ---- losses and solvers ------------------------------------------------------------------------------------------
+
+
+def test_vote_with_batch_against_the_formula() -> None:
+    torch.manual_seed(0)
+    head = build_head("impostor", 3, 4, sigma=0.7, k=5)
+    assert isinstance(head, MemoryHead)
+    keys, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 3, 0, 1])
+    head.add(keys, labels, torch.tensor([10, 11, 12, 13, 14, 15]))
+    z, y = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 1, 3])
+    ids = torch.tensor([1, 2, 11, 3])  # the third sample has a stored center, which nobody may use
+    centers = torch.cat([z.detach(), keys[[0, 2, 3, 4, 5]]]).double()
+    classes = torch.cat([y, labels[[0, 2, 3, 4, 5]]])
+    expected = 0.0
+    for i in range(4):
+        others = [j for j in range(9) if j != i]
+        d = ((z[i].detach().double() - centers[others]) ** 2).sum(1)
+        near = d.argsort()[:5]
+        kernels = torch.exp(-d[near] / (2 * 0.7**2))
+        p = torch.zeros(4).double().index_add_(0, classes[others][near], kernels / kernels.sum())
+        p = p.clamp_min(head.config()["floor"])
+        expected -= float((p / p.sum()).log()[y[i]]) / 4
+    loss = vote_loss_with_batch(head, z, y, ids)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+    loss.backward()
+    assert z.grad is not None
+    assert bool((z.grad != 0).any(1).all())
+    assert torch.equal(head.memory.keys[head.memory.rows_of(torch.tensor([11]))][0], z.detach()[2])
+
+
+@pytest.mark.parametrize("head", sorted(set(list_heads()) - {"impostor", "nngk"}))
+def test_batch_centers_refuse_other_heads(head: str) -> None:
+    from nnheads.strategies.replay_learner import ReplayLearner
+
+    setup = replay_setup(small_stream(), head, batch_centers=True)
+    with pytest.raises(ConfigError, match=f"not '{head}'"):
+        ReplayLearner(setup)
+
+
+def test_gem_projects_onto_the_nearest_gradient_that_hurts_nothing() -> None:
+    import_avalanche()
+    from nnheads.strategies.plugins import GEM
+
+    torch.manual_seed(0)
+    plugin = GEM(10, 0.0)
+    plugin.G = torch.randn(3, 20)
+    g = torch.randn(20) - plugin.G.sum(0)
+    projected = plugin.solve_quadprog(g)
+    assert bool((plugin.G @ projected > -0.05).all())
+    # no other point that satisfies the constraints is nearer: the correction is a non-negative mix of active ones
+    mix = torch.linalg.lstsq(plugin.G.T, (projected - g).unsqueeze(1)).solution.squeeze(1)
+    assert bool((mix > -1e-4).all())
+    assert float(((plugin.G @ projected) * mix).abs().max()) < 0.05 * float(mix.max())
