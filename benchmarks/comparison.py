@@ -36,8 +36,8 @@ class Recipe:
         batch_size: images a step; at least twice the number of classes, which NCA needs.
         learning_rate: the highest of the one-cycle schedule.
         augment: see `nnheads.data.get_augmentation`.
-        optimizer, weight_decay: see `nnheads.fit`. AdamW's step does not depend on the scale of a head's loss, so that one
-            learning rate is fair to all heads.
+        optimizer, weight_decay: see `nnheads.fit`. AdamW's step does not depend on the scale of a head's loss, so
+            that one learning rate is fair to all heads.
     """
 
     backbone: str

@@ -90,6 +90,8 @@ class RunConfig:
         Raises:
             ConfigError: settings that the strategy cannot follow.
         """
+        from nnheads.heads import head_class  # torch: not needed to name a run
+
         head = strategy.resolve_head(self.head)
         if strategy.classifier != "any" and self.head_options:
             raise ConfigError(f"strategy {strategy.name!r} takes no head options, got {', '.join(self.head_options)}")
@@ -101,10 +103,14 @@ class RunConfig:
             raise ConfigError(
                 f"strategy {strategy.name!r} has no options of its own, got {', '.join(self.strategy_options)}"
             )
+        head_options = dict(self.head_options)
+        if strategy.classifier == "any" and "auxiliary" in head_class(head).option_names():
+            head_options.setdefault("auxiliary", stream.auxiliary)
         batch_size = self.batch_size or stream.batch_size
         return replace(
             self,
             head=head,
+            head_options=head_options,
             backbone=self.backbone or stream.backbone,
             epochs=self.epochs or stream.epochs,
             batch_size=batch_size,

@@ -30,6 +30,8 @@ class StreamSpec:
             classes.
         classes: only the data set's first so many classes are used; 0 for all.
         first_classes: so many classes, the first ones, make the first experience; 0 for an equal share.
+        auxiliary: share of the auxiliary dense layer in the loss of heads that vote with Gaussian kernels. The small
+            network for digits learns from the vote alone, and forgets less that way; larger ones learn too slowly.
     """
 
     name: str
@@ -45,6 +47,7 @@ class StreamSpec:
     kind: Literal["classes", "instances"] = "classes"
     classes: int = 0
     first_classes: int = 0
+    auxiliary: float = 0.75
 
 
 def _spec(
@@ -60,6 +63,7 @@ def _spec(
     learning_rate: float = 0.1,
     classes: int = 0,
     first_classes: int = 0,
+    auxiliary: float = 0.75,
 ) -> StreamSpec:
     return StreamSpec(
         name,
@@ -74,6 +78,7 @@ def _spec(
         description,
         classes=classes,
         first_classes=first_classes,
+        auxiliary=auxiliary,
     )
 
 
@@ -88,6 +93,7 @@ _SPECS = (
         augment="crop",
         epochs=5,
         learning_rate=0.05,
+        auxiliary=0.0,
     ),
     _spec(
         "split-mnist",

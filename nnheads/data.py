@@ -120,8 +120,16 @@ class ImageSet(Dataset[Sample]):
         return len(self.class_names)
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageSet:
-        """The samples at these positions, in this order, with their ids (a copy of the images)."""
-        index = torch.as_tensor(indices, dtype=torch.int64)
+        """The samples at these positions, in this order, with their ids (a copy of the images).
+
+        ``indices`` may also be a mask, (N,) bool.
+        """
+        index = torch.as_tensor(indices)
+        if index.dtype == torch.bool:
+            if index.shape != (len(self),):
+                raise ShapeError(f"subset: a mask must be ({len(self)},), got {tuple(index.shape)}")
+            index = index.nonzero().squeeze(1)
+        index = index.long()
         tasks = None if self.tasks is None else self.tasks[index]
         return ImageSet(
             self.images.index_select(0, index), self.labels[index], self.ids[index], self.class_names, tasks

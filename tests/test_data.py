@@ -323,3 +323,10 @@ class TestStratifiedSplit:
     def test_refuses_what_it_cannot_split(self, labels: list[int], fraction: float) -> None:
         with pytest.raises(NNHeadsError):
             stratified_split(torch.tensor(labels), fraction)
+
+
+def test_a_subset_by_mask_is_the_subset_by_position() -> None:
+    data = ImageSet(torch.zeros(6, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0, 1, 2, 1]))
+    assert data.subset(data.labels == 1).ids.tolist() == [1, 3, 5]
+    with pytest.raises(ShapeError, match="mask must be"):
+        data.subset(torch.ones(3, dtype=torch.bool))
