@@ -111,7 +111,7 @@ class CompareConfig:
 
     def settings(self) -> dict[str, Any]:
         """All that a finished configuration must share with the others of its folder, as JSON takes it."""
-        shared = {"device": self.device, "data_dir": str(self.data_dir.resolve()) if self.data_dir else None}
+        shared = {"device": self.device, "data_dir": self.data_dir.resolve().name if self.data_dir else None}
         if self.stream is None:
             return {"dataset": self.dataset, **asdict(self.recipe()), **shared}
         names = ("stream", "strategy", "backbone", "epochs", "batch_size", "learning_rate", "memory")

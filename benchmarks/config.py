@@ -39,7 +39,7 @@ class RunConfig:
         dense_loss: weight of an auxiliary dense classifier's cross-entropy; strategy ``replay``.
         batch_centers: count the batch's embeddings as centers in training; strategy ``replay``.
         strategy_options: further options of the strategy, as JSON values; strategy ``impostor``, see
-            `nnheads.strategies.impostor.ImpostorOptions`.
+            `nnheads.strategies.impostor_options.ImpostorOptions`.
         future: evaluate experiences to come as well, so that the matrix is full.
     """
 
@@ -103,9 +103,8 @@ class RunConfig:
             raise ConfigError(
                 f"strategy {strategy.name!r} has no options of its own, got {', '.join(self.strategy_options)}"
             )
-        head_options = dict(self.head_options)
-        if strategy.classifier == "any" and "auxiliary" in head_class(head).option_names():
-            head_options.setdefault("auxiliary", stream.auxiliary)
+        known = head_class(head).option_names() if strategy.classifier == "any" else []
+        head_options = {name: value for name, value in stream.head_options if name in known} | dict(self.head_options)
         batch_size = self.batch_size or stream.batch_size
         return replace(
             self,
@@ -122,7 +121,8 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         fields = asdict(self)
-        fields["data_dir"] = None if self.data_dir is None else str(self.data_dir)
+        # Where the data lie on this machine is nobody else's business; their folder's name tells them apart.
+        fields["data_dir"] = None if self.data_dir is None else Path(self.data_dir).resolve().name
         fields["head_options"] = dict(self.head_options)
         fields["strategy_options"] = dict(self.strategy_options)
         return fields

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, final
+from typing import Any, Literal, final
 
 from nnheads.errors import ConfigError, unknown_name
 
@@ -30,8 +30,9 @@ class StreamSpec:
             classes.
         classes: only the data set's first so many classes are used; 0 for all.
         first_classes: so many classes, the first ones, make the first experience; 0 for an equal share.
-        auxiliary: share of the auxiliary dense layer in the loss of heads that vote with Gaussian kernels. The small
-            network for digits learns from the vote alone, and forgets less that way; larger ones learn too slowly.
+        head_options: options of heads that have them, by name. The small network for digits learns from the vote alone,
+            and forgets less that way; larger ones learn too slowly by it, and follow their samples better with tied
+            centers than with loose ones.
     """
 
     name: str
@@ -47,7 +48,7 @@ class StreamSpec:
     kind: Literal["classes", "instances"] = "classes"
     classes: int = 0
     first_classes: int = 0
-    auxiliary: float = 0.75
+    head_options: tuple[tuple[str, Any], ...] = (("auxiliary", 0.95), ("centers", "tied"))
 
 
 def _spec(
@@ -63,7 +64,7 @@ def _spec(
     learning_rate: float = 0.1,
     classes: int = 0,
     first_classes: int = 0,
-    auxiliary: float = 0.75,
+    head_options: tuple[tuple[str, Any], ...] = (("auxiliary", 0.95), ("centers", "tied")),
 ) -> StreamSpec:
     return StreamSpec(
         name,
@@ -78,7 +79,7 @@ def _spec(
         description,
         classes=classes,
         first_classes=first_classes,
-        auxiliary=auxiliary,
+        head_options=head_options,
     )
 
 
@@ -93,7 +94,7 @@ _SPECS = (
         augment="crop",
         epochs=5,
         learning_rate=0.05,
-        auxiliary=0.0,
+        head_options=(("auxiliary", 0.0),),
     ),
     _spec(
         "split-mnist",
