@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast, final
 import torch
 from torch import Tensor
 
+from nnheads.benchmarks.drift_table import WHERE, table
 from nnheads.centers import Redistribution, add_centers, best_predicted, drop_centers, worst_predicted
 from nnheads.errors import ConfigError, DataError
 from nnheads.heads import build_head
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from nnheads.data import ImageSet
     from nnheads.headed import HeadedModel
 
-WHERE: Final = ("affected", "held out")
 RIDGES: Final = (0.03, 0.1, 0.3, 1.0, 3.0)
 _TINY: Final = 1e-9
 
@@ -291,8 +291,6 @@ def main() -> None:
     given = vars(parser.parse_args())
     path, out = given.pop("embeddings"), given.pop("json")
     result = study_file(path, **given)
-    from nnheads.benchmarks.drift_table import table
-
     print(table(result))
     if out is not None:
         from nnheads.benchmarks.results import write_json

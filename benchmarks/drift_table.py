@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
-from nnheads.benchmarks.drift import WHERE
+WHERE: Final = ("affected", "held out")
+"""Where drift is measured: at the affected points and at held-out samples."""
 
 
 def table(result: dict[str, Any]) -> str:

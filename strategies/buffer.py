@@ -177,7 +177,7 @@ class ExemplarBuffer:
             if freed.get(int(labels[i])):
                 priority[i] = freed[int(labels[i])].pop(0)
         places = slice(self._count, self._count + len(ids))
-        if self.keeps_images:
+        if self.keeps_images and len(rows):
             self._images[places] = data.images[rows]
         self._labels[places], self._ids[places], self._since[places] = labels, ids, experience
         self._priority[places] = priority

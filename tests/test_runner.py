@@ -89,7 +89,7 @@ def test_results_on_disk(tmp_path: Path) -> None:
     assert set(found["versions"]) == {"nnheads", "torch", "avalanche", "faiss", "python"}
     config = found["config"]
     assert (config["backbone"], config["batch_size"], config["replay_batch"]) == ("convnet", 32, 32)
-    assert found["memory_parts"]["exemplars"] == 30 * (64 + 24)
+    assert found["memory_parts"]["exemplars"] == 30 * (64 + 32)
     assert sorted(path.name for path in out.iterdir()) == ["model", "results.json"]
 
 

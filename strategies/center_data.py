@@ -1,0 +1,95 @@
+"""What the center plugin needs of a model and of the data that Avalanche gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from nnheads.data import ImageSet
+from nnheads.errors import ConfigError, DataError
+from nnheads.headed import HeadedModel
+from nnheads.heads.kernel_vote import KernelVoteHead
+from nnheads.strategies.refill import EMBED_BATCH
+
+CENTER_OVERHEAD: Final = 3 * 8
+"""Bytes of a center beside its key: label, id, and the place of its soft label."""
+
+
+def centers_for(budget_bytes: int, head: KernelVoteHead, soft: bool, further: int) -> int:
+    """How many centers fit into so many bytes.
+
+    Args:
+        budget_bytes: what there is.
+        head: whose centers they are.
+        soft: whether each may get a soft label.
+        further: bytes kept with each beside the head's memory.
+
+    Raises:
+        ConfigError: not a single one does.
+    """
+    memory = head.memory
+    number = memory.keys.element_size()
+    widths = [head.num_classes if width == "classes" else width or 1 for width in memory.columns.values()]
+    columns = number * sum(widths)
+    each = memory.dim * number + CENTER_OVERHEAD + columns + soft * head.num_classes * number + further
+    if budget_bytes < each:
+        raise ConfigError(f"a budget of {budget_bytes} bytes does not hold a single center of {each} bytes")
+    return budget_bytes // each
+
+
+def evaluation_batches(strategy: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches (x, y, ids) of D_e with the transforms of evaluation."""
+    for batch in DataLoader(strategy.experience.dataset.eval(), batch_size=EMBED_BATCH):
+        if len(batch) != 4:
+            raise DataError(
+                f"items must be (x, y, id) and a task label, not {len(batch)} values: wrap the data in nnheads.with_ids"
+            )
+        yield batch[0], torch.as_tensor(batch[1]), torch.as_tensor(batch[2])
+
+
+def prepared(model: HeadedModel, x: Tensor) -> Tensor:
+    if x.dtype != torch.uint8:
+        return x
+    if model.preprocessing is None:
+        raise ConfigError("raw uint8 images need attach_head(preprocessing=)")
+    return model.preprocessing(x)
+
+
+def with_batch_ids(
+    strategy: Any, model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The ids of the batch for a strategy that calls its model with the images alone."""
+    if model.training and len(args) == 1 and "ids" not in given and len(strategy.mbatch) == 4:
+        given = {**given, "ids": strategy.mbatch[2]}
+    return args, given
+
+
+def record_of(labels: Tensor, ids: Tensor) -> ImageSet:
+    """Labels and ids as an image set without images."""
+    nothing = torch.zeros(len(ids), 0, 0, 0, dtype=torch.uint8)
+    return ImageSet(nothing, labels, ids)
+
+
+def positions_of(ids: Tensor, wanted: Tensor) -> Tensor:
+    """Positions in ``ids`` of the ids wanted, all of which are there."""
+    order = ids.argsort()
+    return order[torch.searchsorted(ids[order], wanted)]
+
+
+def headed_with_centers(model: Any) -> HeadedModel:
+    if not isinstance(model, HeadedModel):
+        raise ConfigError(f"the center plugin needs a model of attach_head, not {type(model).__name__}")
+    kernel_head(model)
+    return model
+
+
+def kernel_head(model: HeadedModel) -> KernelVoteHead:
+    if not isinstance(model.head, KernelVoteHead):
+        raise ConfigError(
+            f"Algorithm 1 needs a head that votes with Gaussian kernels (impostor, nngk), not {model.head.name!r}"
+        )
+    return model.head

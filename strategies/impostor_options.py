@@ -1,0 +1,77 @@
+"""The options of the strategy ``impostor``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal, final
+
+from nnheads.centers import Redistribution
+from nnheads.errors import ConfigError, unknown_name
+
+DRIFTS: Final = ("free", "frozen", "distill")
+
+
+@final
+@dataclass(frozen=True)
+class ImpostorOptions:
+    """What ``--strategy-option`` takes for the strategy ``impostor``.
+
+    Attributes:
+        n_a, n_d, choose, drop, redistribute, ridge, rounds, balanced: see
+            `nnheads.strategies.center_rules.CenterRules`.
+        fine_tune: n_f, passes over the exemplars after the update of the centers; gradient samples all the same.
+        head_loss: weight of the head's own loss, beside ``dense_loss``.
+        exemplars: whether the centers' images are kept and replayed. Without them a center stays where the backbone put
+            it when its experience was learned.
+        drift: what is done about that: ``"free"``: nothing; ``"frozen"``: the backbone learns the first experience
+            only; ``"distill"``: the tie of equation 8 with the embeddings of the backbone before the experience, on the
+            new data.
+        tie: weight of that tie, in units of one over squared distance.
+        budget_bytes: memory for exemplars and centers together, in place of ``memory``.
+    """
+
+    n_a: int | None = None
+    n_d: int | None = None
+    choose: str = "worst"
+    drop: Literal["best", "random"] = "best"
+    redistribute: Redistribution = "influence"
+    ridge: float = 1.0
+    rounds: int = 1
+    balanced: bool = True
+    fine_tune: int = 0
+    head_loss: float = 1.0
+    exemplars: bool = True
+    drift: Literal["free", "frozen", "distill"] = "free"
+    tie: float = 1.0
+    budget_bytes: int | None = None
+
+    @staticmethod
+    def read(given: Mapping[str, Any]) -> ImpostorOptions:
+        """Options by name.
+
+        Raises:
+            ConfigError: an option that there is not, or a value that cannot work.
+        """
+        known = [f.name for f in fields(ImpostorOptions)]
+        for name in given:
+            if name not in known:
+                raise unknown_name("option of strategy 'impostor'", name, known)
+        options = ImpostorOptions(**given)
+        for name in ("balanced", "exemplars"):
+            if not isinstance(given.get(name, True), bool):
+                raise ConfigError(f"{name} must be true or false, not {given[name]!r}")
+        for name in ("head_loss", "tie", "ridge"):
+            value = given.get(name, 0.0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ConfigError(f"{name} must be a number, 0 or more, not {value!r}")
+        for name, least in (("fine_tune", 0), ("budget_bytes", 1)):
+            value = given.get(name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ConfigError(f"{name} must be a whole number, {least} or more, not {value!r}")
+        if options.drift not in DRIFTS:
+            raise ConfigError(f"drift must be one of {', '.join(DRIFTS)}, not {options.drift!r}")
+        if not options.exemplars and options.fine_tune:
+            raise ConfigError("fine_tune passes over the exemplars' images: leave exemplars=true")
+        return options

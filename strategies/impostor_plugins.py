@@ -1,0 +1,105 @@
+"""What the strategy ``impostor`` plugs into `ReplayStrategy` beside its centers. Imports Avalanche."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Final, final
+
+import numpy as np
+import torch
+from avalanche.core import SupervisedPlugin
+from torch import Tensor
+
+from nnheads.devices import autocast_for
+from nnheads.strategies.center_plugin import CenterPlugin
+from nnheads.strategies.replay import ReplayStrategy
+
+
+@final
+class FineTune(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not typed
+    """After n_t epochs, every epoch of a `ReplayStrategy` is a pass over its exemplars."""
+
+    def __init__(self, n_t: int) -> None:
+        super().__init__()
+        self.n_t = n_t
+        self._epochs = 0
+
+    def before_training_exp(self, strategy: ReplayStrategy, **kwargs: Any) -> None:
+        self._epochs = 0
+
+    def before_training_epoch(self, strategy: ReplayStrategy, **kwargs: Any) -> None:
+        if self._epochs >= self.n_t:
+            strategy.dataloader = _ExemplarBatches(strategy)
+        self._epochs += 1
+
+
+@final
+class FrozenAfterFirst(SupervisedPlugin):  # type: ignore[misc]
+    """Nothing is trained after the first experience: samples only become centers."""
+
+    def __init__(self, centers: CenterPlugin) -> None:
+        super().__init__()
+        self.centers = centers
+
+    def before_training_exp(self, strategy: ReplayStrategy, **kwargs: Any) -> None:
+        self.centers.intake_first = strategy.clock.train_exp_counter > 0
+
+    def before_training_epoch(self, strategy: ReplayStrategy, **kwargs: Any) -> None:
+        if strategy.clock.train_exp_counter > 0:
+            strategy.dataloader = []
+
+
+@final
+class FeatureDistillation(SupervisedPlugin):  # type: ignore[misc]
+    """The tie of equation 8 on the new data, with the embeddings of the backbone as it was before the experience.
+
+    Args:
+        tie: lambda.
+    """
+
+    def __init__(self, tie: float) -> None:
+        super().__init__()
+        self.tie = tie
+
+    def before_training_exp(self, strategy: ReplayStrategy, **kwargs: Any) -> None:
+        if strategy.clock.train_exp_counter == 0:
+            return
+        before = copy.deepcopy(strategy.model).eval().requires_grad_(False)
+
+        def loss(x: Tensor, z: Tensor) -> Tensor:
+            with torch.no_grad(), autocast_for(strategy.device, strategy.precision):
+                then = before.features(x).float()
+            tie: Tensor = self.tie * (z - then).square().sum(-1).mean()
+            return tie
+
+        strategy.further_loss = loss
+
+    def after_training_exp(self, strategy: ReplayStrategy, **kwargs: Any) -> None:
+        strategy.further_loss = None
+
+
+@final
+class _ExemplarBatches:
+    """One pass over the exemplars in batches ``[x, y, ids, t]``."""
+
+    new_in_batch: Final = 0
+
+    def __init__(self, strategy: ReplayStrategy) -> None:
+        self.strategy = strategy
+        self.size: int = strategy.train_mb_size + strategy.replay_batch
+
+    def __len__(self) -> int:
+        return max(1, len(self.strategy.buffer) // self.size)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        strategy = self.strategy
+        seed = np.random.SeedSequence([abs(strategy.seed), strategy.epochs_done, 2]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(seed) >> 1)
+        held = strategy.buffer.exemplars()
+        # In equal parts: batch normalisation cannot train on a rest of one.
+        for rows in torch.randperm(len(held), generator=generator).tensor_split(len(self)):
+            images = strategy.augment(held.images[rows].to(strategy.device), generator)
+            x = strategy.preprocessing(images, channels_last=strategy.channels_last)
+            y, ids = held.labels[rows].to(strategy.device), held.ids[rows].to(strategy.device)
+            yield [x, y, ids, torch.zeros_like(y)]

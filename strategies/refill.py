@@ -1,0 +1,85 @@
+"""Centers embedded anew from the exemplars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from nnheads.data import BatchLoader, ImageSet, Preprocessing
+from nnheads.devices import Precision, autocast_for
+from nnheads.headed import HeadedModel
+from nnheads.heads.kernel import KernelHead
+from nnheads.heads.memory_head import MemoryHead
+from nnheads.heads.nngk import NNGKHead
+
+EMBED_BATCH: Final = 256
+
+
+@torch.no_grad()
+def embed_batches(
+    model: HeadedModel, batches: Iterable[tuple[Tensor, Tensor, Tensor]], device: torch.device, precision: Precision
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings (n, d), labels (n,) and ids (n,) of batches (x, y, ids), with the model in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    found = []
+    for x, y, ids in batches:
+        with autocast_for(device, precision):
+            z = model.features(x.to(device))
+        found.append((z if z.dtype == torch.float64 else z.float(), y.to(device), ids.to(device)))
+    for module, training in modes:
+        module.training = training
+    if not found:
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return torch.zeros(0, model.in_features, device=device), nothing, nothing
+    z, y, ids = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return z, y, ids
+
+
+@torch.no_grad()
+def refill(
+    model: HeadedModel,
+    exemplars: ImageSet,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: Precision = "auto",
+    channels_last: bool = False,
+) -> None:
+    """Give a model's head the exemplars as its centers, embedded in evaluation mode. Labels that were redistributed
+    stay with their centers. No-op for a head without memory.
+    """
+    head = model.head
+    if not isinstance(head, MemoryHead):
+        return
+    memory = head.memory
+    loader = BatchLoader(exemplars, preprocessing, EMBED_BATCH, device=device, channels_last=channels_last)
+    z, y, ids = embed_batches(model, loader, device, precision)
+    # What such a head learned for each sample would be lost if the rows were written anew.
+    keep = isinstance(head, NNGKHead | KernelHead)
+    moved, labels = soft_labels(head)
+    if not keep:
+        memory.clear()
+    training = model.training
+    model.eval()
+    head.begin_refresh(replace=not keep)
+    head.memorize(z, y, ids=ids)
+    set_soft_labels(head, moved, labels)
+    head.refreshed()
+    model.train(training)
+
+
+def soft_labels(head: MemoryHead) -> tuple[Tensor, Tensor]:
+    """Ids (n,) of the centers whose labels were redistributed and those labels (n, C)."""
+    memory = head.memory
+    rows = (memory.soft_row[: len(memory)] >= 0).nonzero().flatten()
+    return memory.ids[rows].clone(), memory.values_at(rows)
+
+
+def set_soft_labels(head: MemoryHead, ids: Tensor, labels: Tensor) -> None:
+    """Give the centers that are still there these labels."""
+    held = head.memory.rows_of(ids) >= 0
+    if bool(held.any()):
+        head.memory.relabel(ids[held], labels[held])

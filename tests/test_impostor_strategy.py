@@ -1,0 +1,262 @@
+"""The strategy ``impostor``: exemplars that are centers, chosen by Algorithm 1."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nnheads.benchmarks.config import RunConfig
+from nnheads.benchmarks.quiet import import_avalanche, quiet_avalanche
+from nnheads.benchmarks.specs import stream_spec
+from nnheads.benchmarks.streams import Stream, make_stream
+from nnheads.errors import ConfigError, UnknownNameError
+from nnheads.heads.memory_head import MemoryHead
+from nnheads.strategies import strategy_spec
+from nnheads.strategies.learner import Setup
+
+
+def small_stream(name: str = "split-digits", experiences: int = 3, images: int = 60) -> Stream:
+    whole = make_stream(name, seed=0)
+    rows, parts, start = [], [], 0
+    for e in range(experiences):
+        part = whole.train_indices(e)[:images]
+        rows.append(part)
+        parts.append(torch.arange(start, start + len(part)))
+        start += len(part)
+    train = whole.train.subset(torch.cat(rows))
+    return replace(whole, train=train, experiences=whole.experiences[:experiences], train_parts=tuple(parts))
+
+
+def setup_of(stream: Stream, head: str = "impostor", **given: Any) -> Setup:
+    from nnheads.backbones import build_backbone
+
+    import_avalanche()
+    torch.manual_seed(0)
+    own = {
+        name: given.pop(name) for name in ("memory", "ema", "dense_loss", "on_step", "replay_batch") if name in given
+    }
+    fixed: dict[str, Any] = {"memory": 18, "replay_batch": 16}
+    return Setup(
+        backbone=build_backbone("convnet", num_classes=10, in_channels=1),
+        head=head,
+        benchmark=stream.benchmark,
+        preprocessing=stream.preprocessing,
+        class_names=stream.class_names,
+        augment="crop",
+        epochs=1,
+        batch_size=16,
+        learning_rate=0.05,
+        seed=0,
+        device=torch.device("cpu"),
+        precision="float32",
+        strategy_options=given,
+        **{**fixed, **own},
+    )
+
+
+def learner_of(stream: Stream, head: str = "impostor", **given: Any) -> Any:
+    setup = setup_of(stream, head, **given)
+    from nnheads.strategies.impostor import ImpostorLearner
+
+    return ImpostorLearner(setup)
+
+
+def learn(learner: Any, *experiences: int) -> None:
+    with quiet_avalanche():
+        for e in experiences:
+            learner.learn(e)
+
+
+def held(learner: Any) -> list[int]:
+    memory = learner.headed_model().head.memory
+    found: list[int] = sorted(memory.ids[: len(memory)].tolist())
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"redistribute": "exact", "rounds": 2},
+        {"choose": "mixed:0.5", "ema": 0.9},
+        {"fine_tune": 1, "dense_loss": 1.0, "head_loss": 0.5},
+        {"choose": "random", "drop": "random"},
+        {"exemplars": False, "drift": "frozen"},
+        {"exemplars": False, "drift": "distill"},
+        {"head": "nngk", "choose": "herding"},
+    ],
+    ids=str,
+)
+def test_the_budget_holds_at_every_step_and_centers_are_the_exemplars(options: dict[str, Any]) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watch(samples: int) -> None:
+        memory = learner.strategy.head.memory
+        seen.append((len(learner.buffer), len(memory)))
+        assert sorted(memory.ids[: len(memory)].tolist()) == sorted(learner.buffer.ids.tolist())
+
+    stream = small_stream()
+    learner = learner_of(stream, on_step=watch, **options)
+    label_of = dict(zip(stream.train.ids.tolist(), stream.train.labels.tolist(), strict=True))
+    for e in range(3):
+        learn(learner, e)
+        assert held(learner) == sorted(learner.buffer.ids.tolist())
+        memory = learner.headed_model().head.memory
+        assert [label_of[i] for i in memory.ids[: len(memory)].tolist()] == memory.labels[: len(memory)].tolist()
+        share = 18 // (2 * (e + 1))
+        assert learner.history[-1].centers == dict.fromkeys(sorted(stream.classes_seen(e)), share)
+    assert max(max(pair) for pair in seen) <= 18
+    assert sum(learner.history[-1].centers.values()) == 18
+
+
+def test_redistributed_labels_reach_the_model_that_answers() -> None:
+    for ema in (None, 0.9):
+        learner = learner_of(small_stream(), redistribute="influence", ema=ema)
+        learn(learner, 0, 1)
+        memory = learner.headed_model().head.memory
+        assert len(memory.soft) > 0
+        values = memory.values_at(torch.arange(len(memory)))
+        torch.testing.assert_close(values.sum(1), torch.ones(len(values)))
+        assert sum(event.label_mass for event in learner.history) > 0
+        plain = learner_of(small_stream(), redistribute="none", ema=ema)
+        learn(plain, 0, 1)
+        assert len(plain.headed_model().head.memory.soft) == 0
+
+
+def test_fixed_numbers_of_centers_on_new_instances() -> None:
+    """Algorithm 1 as written; with n_a = n_d = 0 the centers of the first experience stay."""
+    stream = small_stream("new-instances:split-digits", images=100)
+    first_ids = set(stream.train.ids[:100].tolist())
+    still = learner_of(stream, memory=30, n_a=0, n_d=0)
+    learn(still, 0)
+    start = held(still)
+    learn(still, 1)
+    assert held(still) == start
+    moving = learner_of(stream, memory=30, n_a=6, n_d=6, balanced=False)
+    learn(moving, 0, 1)
+    update = [event for event in moving.history if event.moment == "update" and event.experience == 1]
+    assert [(sum(e.dropped.values()), sum(e.added.values())) for e in update] == [(6, 6)]
+    assert len(set(held(moving)) - first_ids) == 6
+
+
+def test_fine_tuning_passes_are_counted_and_see_the_exemplars_only() -> None:
+    learner = learner_of(small_stream(), fine_tune=2)
+    strategy = learner.strategy
+    batches: list[torch.Tensor] = []
+    original = strategy.criterion
+
+    def record() -> torch.Tensor:
+        batches.append(strategy.mb_ids.clone())
+        return original()
+
+    strategy.criterion = record
+    learn(learner, 0)
+    assert learner.gradient_samples == 60 + 2 * 18
+    tuned = torch.cat(batches[-2:])
+    assert sorted(tuned.tolist()) == sorted(2 * held(learner))
+
+
+def test_a_frozen_backbone_learns_once_and_still_gets_centers() -> None:
+    learner = learner_of(small_stream(), exemplars=False, drift="frozen")
+    learn(learner, 0)
+    weights = [p.detach().clone() for p in learner.strategy.model.backbone.state_dict().values()]
+    done = learner.gradient_samples
+    learn(learner, 1)
+    now = learner.strategy.model.backbone.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(weights, now, strict=True))
+    assert learner.gradient_samples == done
+    assert len(learner.history[-1].centers) == 4
+    assert learner.exemplars == 0
+    assert learner.memory_parts()["exemplars"] == 16 * 32
+
+
+def test_distillation_holds_the_embeddings_where_they_were() -> None:
+    stream = small_stream()
+    images = stream.preprocessing(stream.train_set(0).images)
+    moved = {}
+    for drift in ("free", "distill"):
+        learner = learner_of(stream, exemplars=False, drift=drift, tie=10.0)
+        learn(learner, 0)
+        with torch.no_grad():
+            before = learner.headed_model().eval().features(images)
+        learn(learner, 1)
+        with torch.no_grad():
+            moved[drift] = float((learner.headed_model().eval().features(images) - before).norm())
+    assert moved["distill"] < 0.7 * moved["free"]
+
+
+def test_an_interrupted_run_goes_on_as_if_it_were_not() -> None:
+    stream = small_stream()
+    options: dict[str, Any] = {"ema": 0.9, "fine_tune": 1, "rounds": 2}
+    whole = learner_of(stream, **options)
+    learn(whole, 0, 1)
+    tensors, values = whole.state()
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    learn(whole, 2)
+    resumed = learner_of(stream, **options)
+    resumed.load_state(tensors, values)
+    learn(resumed, 2)
+    assert held(resumed) == held(whole)
+    assert resumed.history == whole.history
+    x = stream.preprocessing(stream.test.images[:50])
+    torch.testing.assert_close(resumed.scores(x), whole.scores(x), atol=1e-4, rtol=1e-4)
+
+
+def test_memory_parts_are_what_a_disk_would_take(tmp_path: Path) -> None:
+    learner = learner_of(small_stream(), memory=120)
+    learn(learner, 0, 1)
+    head = learner.headed_model().head
+    assert isinstance(head, MemoryHead)
+    parts = learner.memory_parts()
+    save_file({n: t.contiguous() for n, t in learner.buffer.state()[0].items()}, tmp_path / "exemplars")
+    save_file({n: t.contiguous() for n, t in head.memory.state_dict().items()}, tmp_path / "centers")
+    for name in ("exemplars", "centers"):
+        assert parts[name] == pytest.approx((tmp_path / name).stat().st_size, rel=0.05), name
+
+
+def test_a_budget_in_bytes_is_kept(tmp_path: Path) -> None:
+    for options in ({}, {"exemplars": False}, {"ema": 0.9}):
+        learner = learner_of(small_stream(), budget_bytes=30_000, **options)
+        for e in range(3):
+            learn(learner, e)
+            parts = learner.memory_parts()
+            assert parts["exemplars"] + parts["centers"] <= 30_000
+        assert parts["exemplars"] + parts["centers"] > 20_000
+    with pytest.raises(ConfigError, match="fewer than the 10 classes"):
+        learner_of(small_stream(), budget_bytes=4000)
+
+
+def test_mistakes_in_the_options() -> None:
+    stream = small_stream()
+    for options, message in (
+        ({"chose": "worst"}, "unknown option of strategy 'impostor' 'chose'.*did you mean 'choose'"),
+        ({"choose": "best"}, "choose must be one of"),
+        ({"fine_tune": -1}, "fine_tune must be a whole number, 0 or more"),
+        ({"exemplars": "no"}, "exemplars must be true or false"),
+        ({"head_loss": 0}, "leaves nothing to train by"),
+        ({"drift": "slow"}, "drift must be one of free, frozen, distill"),
+        ({"exemplars": False, "fine_tune": 1}, "fine_tune passes over"),
+        ({"exemplars": False, "ema": 0.9}, "ema needs the centers' images"),
+        ({"tie": "much"}, "tie must be a number"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            learner_of(stream, **options)
+    with pytest.raises(ConfigError, match="votes with Gaussian kernels"):
+        learn(learner_of(stream, "knn"), 0)
+
+
+def test_options_are_refused_by_strategies_without_any() -> None:
+    config = RunConfig(strategy="replay", strategy_options={"choose": "worst"})
+    with pytest.raises(ConfigError, match="'replay' has no options of its own, got choose"):
+        config.resolve(stream_spec("split-digits"), strategy_spec("replay"))
+    resolved = RunConfig(strategy="impostor", strategy_options={"choose": "worst"}).resolve(
+        stream_spec("split-digits"), strategy_spec("impostor")
+    )
+    assert resolved.head == "impostor"
+    assert resolved.to_dict()["strategy_options"] == {"choose": "worst"}
+    with pytest.raises(UnknownNameError, match="did you mean 'impostor'"):
+        strategy_spec("imposter")
