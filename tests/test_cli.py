@@ -204,7 +204,7 @@ def test_run_prints_json_alone_and_writes_the_same(world: World) -> None:
     assert printed == json.loads((folder / "results.json").read_text())
     assert 0.5 < printed["accuracy"] <= 1
     assert (printed["head"], printed["seed"], printed["exemplars"]) == ("impostor", 1, 100)
-    assert printed["config"]["head_options"] == {"k": 8}
+    assert printed["config"]["head_options"] == {"auxiliary": 0.0, "k": 8}  # the stream's own and the one given
     assert json.loads((folder / "model/head.json").read_text())["head"]["config"]["k"] == 8
     assert "experience 5 of 5" in answer.err
 
