@@ -48,6 +48,14 @@ def check_new(path: Path) -> None:
         raise ConfigError(f"--checkpoint {path} holds a checkpoint already: add --resume or name another folder")
 
 
+def experiences_done(path: Path) -> int:
+    """How many experiences the run in a checkpoint has learned; 0 where there is no checkpoint."""
+    try:
+        return len(json.loads((path / _META).read_text(encoding="utf-8"))["matrix"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 def save_checkpoint(path: Path, config: RunConfig, state: RunState) -> None:
     """Replace the checkpoint in a folder: the old one or the new one is there, whole, whatever happens.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from nnheads.benchmarks.comparison import MEASURES, RECIPES, Cell, CompareConfig, Recipe, cells
+from nnheads.benchmarks.measures import mean_and_spread
 from nnheads.benchmarks.results import device_name, versions, write_json
 from nnheads.errors import CheckpointError, ConfigError
 
@@ -76,12 +77,9 @@ def compare(
     for done, cell in enumerate(wanted):
         result = found[cell]
         if result is None:
-            if config.stream is not None:
-                result = _on_stream(config, cell, progress)
-            else:
-                data = data or _load(config, progress)
-                report = _Report(progress, f"{cell.head}, seed {cell.seed}", done, len(wanted))
-                result = _on_dataset(config, cell, data, report)
+            data = data or _load(config, progress)
+            report = _Report(progress, f"{cell.head}, seed {cell.seed}", done, len(wanted))
+            result = _train(config, cell, data, report)
             result = {"head": cell.head, "seed": cell.seed, "settings": settings, **result}
             write_json(cell.results, result)
             if finished is not None:
@@ -103,7 +101,7 @@ def summarize(
         agreements: by head and seed, the share of test images that the head and the dense one answer alike.
 
     Returns:
-        ``kind``, the ``dataset`` or ``stream``, ``seeds``, ``settings`` and ``rows``; a row has ``head`` and, for each
+        ``kind``, the ``dataset``, ``seeds``, ``settings`` and ``rows``; a row has ``head`` and, for each
         of the `MEASURES`, ``mean`` and ``spread`` (sample standard deviation, None for one seed), or None where there
         is nothing to measure.
     """
@@ -111,33 +109,25 @@ def summarize(
     for head in config.heads:
         row: dict[str, Any] = {"head": head}
         own = [result for result in results if result["head"] == head]
-        for measure in MEASURES[config.kind]:
+        for measure in MEASURES:
             values: list[float | None]
             if measure == "agreement":
                 values = [agreements.get((head, seed)) for seed in config.seeds]
             else:
                 values = [result[measure] for result in own]
-            row[measure] = _mean_and_spread(values)
+            row[measure] = mean_and_spread(values)
         rows.append(row)
     return {
-        "kind": config.kind,
-        config.kind: config.stream or config.dataset,
+        "kind": "dataset",
+        "dataset": config.dataset,
         "seeds": list(config.seeds),
         "settings": config.settings(),
         "rows": rows,
     }
 
 
-def _mean_and_spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
-    numbers = [value for value in values if value is not None and math.isfinite(value)]
-    if not numbers or len(numbers) < len(values):
-        return None
-    spread = statistics.stdev(numbers) if len(numbers) > 1 else None
-    return {"mean": statistics.fmean(numbers), "spread": spread}
-
-
 def _finished(cell: Cell, settings: dict[str, Any]) -> dict[str, Any] | None:
-    if not cell.results.is_file() or ("dataset" in settings and not cell.predictions.is_file()):
+    if not cell.results.is_file() or not cell.predictions.is_file():
         return None
     try:
         result = json.loads(cell.results.read_text(encoding="utf-8"))
@@ -171,7 +161,7 @@ def _load(config: CompareConfig, progress: Progress | None) -> ImageData:
     return load_dataset(config.dataset, config.data_dir, progress=progress)
 
 
-def _on_dataset(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) -> dict[str, Any]:
+def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) -> dict[str, Any]:
     import numpy as np
     import torch
 
@@ -239,42 +229,12 @@ def _inference_ms(model: HeadedModel, data: ImageData, device: str) -> float:
     return 1000 * statistics.median(rounds[1:]) / len(sample)
 
 
-def _on_stream(config: CompareConfig, cell: Cell, progress: Progress | None) -> dict[str, Any]:
-    from nnheads.benchmarks.runner import RunConfig, run
-
-    assert config.stream is not None
-
-    def tell(what: str, done: int, total: int) -> None:
-        if progress is not None:
-            progress(f"{cell.head}, seed {cell.seed}: {what}", done, total)
-
-    found = run(
-        RunConfig(
-            stream=config.stream,
-            head=cell.head,
-            strategy=config.strategy,
-            backbone=config.backbone,
-            data_dir=config.data_dir,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            memory=config.memory,
-            seed=cell.seed,
-            device=config.device,
-            learning_rate=config.learning_rate,
-        ),
-        None,
-        progress=tell,
-        save_model=False,
-    )
-    return dict(found)
-
-
 def _agreements(config: CompareConfig, out: Path) -> dict[tuple[str, int], float]:
     """By head and seed, the share of test images answered as by the dense head of the same seed."""
     import numpy as np
 
     shares: dict[tuple[str, int], float] = {}
-    if config.stream is not None or REFERENCE not in config.heads:
+    if REFERENCE not in config.heads:
         return shares
     for seed in config.seeds:
         reference = np.load(Cell(REFERENCE, seed, out).predictions, allow_pickle=False)

@@ -1,4 +1,4 @@
-"""What a comparison of heads consists of: its settings, its configurations and what is measured."""
+"""What a comparison of heads on a data set consists of: its settings, its configurations and what is measured."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from typing import Any, Literal, final
 
 from nnheads.errors import ConfigError, unknown_name
 
-MEASURES: dict[str, tuple[str, ...]] = {
-    "dataset": (
-        "accuracy",
-        "log_loss",
-        "ece",
-        "parameters",
-        "memory_bytes",
-        "train_seconds",
-        "ms_per_sample",
-        "agreement",
-    ),
-    "stream": ("accuracy", "forgetting", "train_seconds", "eval_seconds", "memory_bytes"),
-}
-"""What is measured in a training on a whole data set, and on a stream."""
+MEASURES: tuple[str, ...] = (
+    "accuracy",
+    "log_loss",
+    "ece",
+    "parameters",
+    "memory_bytes",
+    "train_seconds",
+    "ms_per_sample",
+    "agreement",
+)
+"""What is measured."""
 
 
 @final
@@ -69,32 +66,21 @@ class CompareConfig:
     Attributes:
         heads: names of heads.
         dataset: where the backbone is trained on all classes at once; see `nnheads.benchmarks.datasets`.
-        stream: a stream instead, where classes arrive one after another; see `nnheads.benchmarks.streams`.
-        strategy: how a stream is learned; see `nnheads.strategies`.
         seeds: each head is trained once with each.
-        backbone, epochs, batch_size, learning_rate: None for the data set's or the stream's own.
-        memory: exemplars kept on a stream; None for the stream's own.
+        backbone, epochs, batch_size, learning_rate: None for the data set's own.
         data_dir: where the images are.
         device: "auto", "cuda", "mps" or "cpu".
     """
 
     heads: tuple[str, ...] = ("dense", "knn", "nca")
     dataset: str = "digits"
-    stream: str | None = None
-    strategy: str = "replay"
     seeds: tuple[int, ...] = (0,)
     backbone: str | None = None
     epochs: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
-    memory: int | None = None
     data_dir: Path | None = None
     device: str = "auto"
-
-    @property
-    def kind(self) -> Literal["dataset", "stream"]:
-        """On what the heads are compared."""
-        return "dataset" if self.stream is None else "stream"
 
     def recipe(self) -> Recipe:
         """The training on ``dataset``: its defaults, and what the user set."""
@@ -112,11 +98,7 @@ class CompareConfig:
     def settings(self) -> dict[str, Any]:
         """All that a finished configuration must share with the others of its folder, as JSON takes it."""
         shared = {"device": self.device, "data_dir": self.data_dir.resolve().name if self.data_dir else None}
-        if self.stream is None:
-            return {"dataset": self.dataset, **asdict(self.recipe()), **shared}
-        names = ("stream", "strategy", "backbone", "epochs", "batch_size", "learning_rate", "memory")
-        fields = asdict(self)
-        return {**{name: fields[name] for name in names}, **shared}
+        return {"dataset": self.dataset, **asdict(self.recipe()), **shared}
 
     def check(self) -> None:
         """Refuses what cannot work before anything is trained.
@@ -126,25 +108,19 @@ class CompareConfig:
         """
         from nnheads.backbones import build_backbone
         from nnheads.benchmarks.datasets import list_datasets
-        from nnheads.benchmarks.specs import stream_spec
         from nnheads.heads import head_class
-        from nnheads.strategies.registry import strategy_spec
         from nnheads.training import resolve_device
 
         if not self.heads or not self.seeds:
             raise ConfigError("compare needs at least one head and one seed")
-        for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size), ("memory", self.memory)):
+        for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be 1 or more, not {value}")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate must be above 0, not {self.learning_rate}")
         for head in self.heads:
             head_class(head)
-        if self.stream is not None:
-            stream_spec(self.stream)
-            for head in self.heads:
-                strategy_spec(self.strategy).resolve_head(head)
-        elif self.dataset not in RECIPES and not self.dataset.startswith("images:"):
+        if self.dataset not in RECIPES and not self.dataset.startswith("images:"):
             raise unknown_name("data set", self.dataset, [*list_datasets(), "images:DIR"])
         if self.backbone is not None:
             build_backbone(self.backbone)
@@ -173,7 +149,7 @@ class Cell:
 
     @property
     def predictions(self) -> Path:
-        """The classes predicted for the test images, int16 (N,); only on a data set."""
+        """The classes predicted for the test images, int16 (N,)."""
         return self.folder / f"{self.head}-seed{self.seed}.npy"
 
 

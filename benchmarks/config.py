@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
-from nnheads.errors import ConfigError
+from nnheads.errors import ConfigError, unknown_name
 from nnheads.strategies.registry import StrategySpec
 
 if TYPE_CHECKING:
@@ -35,12 +36,12 @@ class RunConfig:
         device: see `nnheads.devices.resolve_device`.
         precision: see `nnheads.devices.resolve_precision`.
         head_options: options of the head.
-        ema: decay of averaged weights; strategy ``replay``.
-        dense_loss: weight of an auxiliary dense classifier's cross-entropy; strategy ``replay``.
-        batch_centers: count the batch's embeddings as centers in training; strategy ``replay``.
+        ema: decay of averaged weights that answer in place of the trained ones; for strategies of our own.
         strategy_options: further options of the strategy, as JSON values; strategy ``impostor``, see
             `nnheads.strategies.impostor_options.ImpostorOptions`.
-        future: evaluate experiences to come as well, so that the matrix is full.
+        future: evaluate experiences to come and the untrained model as well, for forward transfer.
+        validation: share of each class's training images that is held out and takes the place of the test images, to
+            choose settings by; None for the test images.
     """
 
     stream: str = "split-digits"
@@ -59,10 +60,9 @@ class RunConfig:
     ema: float | None = None
     replay_batch: int | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    dense_loss: float = 0.0
-    batch_centers: bool = False
     strategy_options: Mapping[str, Any] = field(default_factory=dict)
     future: bool = False
+    validation: float | None = None
 
     def __post_init__(self) -> None:
         whole = (
@@ -75,12 +75,13 @@ class RunConfig:
         for name, value, least in whole:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ConfigError(f"{name} must be a whole number, {least} or more, not {value!r}")
-        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
-            raise ConfigError(f"learning_rate must be above 0, not {self.learning_rate}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ConfigError(f"ema must be between 0 and 1, not {self.ema}")
-        if not 0 <= self.dense_loss < float("inf"):
-            raise ConfigError(f"dense_loss must be 0 or more, not {self.dense_loss}")
+        if self.learning_rate is not None and not (
+            _is_number(self.learning_rate) and 0 < self.learning_rate < math.inf
+        ):
+            raise ConfigError(f"learning_rate must be above 0, not {self.learning_rate!r}")
+        for name, share in (("ema", self.ema), ("validation", self.validation)):
+            if share is not None and not (_is_number(share) and 0 < share < 1):
+                raise ConfigError(f"{name} must be between 0 and 1, not {share!r}")
         if self.scenario not in ("class", "task"):
             raise ConfigError(f"scenario must be class or task, not {self.scenario!r}")
 
@@ -93,17 +94,17 @@ class RunConfig:
         from nnheads.heads import head_class  # torch: not needed to name a run
 
         head = strategy.resolve_head(self.head)
-        if strategy.classifier != "any" and self.head_options:
+        if not strategy.ours and self.head_options:
             raise ConfigError(f"strategy {strategy.name!r} takes no head options, got {', '.join(self.head_options)}")
-        own = {"ema": self.ema is not None, "dense_loss": self.dense_loss > 0, "batch_centers": self.batch_centers}
-        if not strategy.own_options and any(own.values()):
-            given = ", ".join(name for name, is_given in own.items() if is_given)
-            raise ConfigError(f"strategy {strategy.name!r} does not know {given}: take --strategy replay")
-        if self.strategy_options and not strategy.takes_options:
-            raise ConfigError(
-                f"strategy {strategy.name!r} has no options of its own, got {', '.join(self.strategy_options)}"
-            )
-        known = head_class(head).option_names() if strategy.classifier == "any" else []
+        if self.ema is not None and not strategy.ours:
+            raise ConfigError(f"strategy {strategy.name!r} does not know ema: take --strategy replay")
+        own = strategy.option_names()
+        for name in self.strategy_options:
+            if not own:
+                raise ConfigError(f"strategy {strategy.name!r} has no options of its own, got {name}")
+            if name not in own:
+                raise unknown_name(f"option of strategy {strategy.name!r}", name, own)
+        known = head_class(head).option_names() if strategy.ours else []
         head_options = {name: value for name, value in stream.head_options if name in known} | dict(self.head_options)
         batch_size = self.batch_size or stream.batch_size
         return replace(
@@ -126,3 +127,7 @@ class RunConfig:
         fields["head_options"] = dict(self.head_options)
         fields["strategy_options"] = dict(self.strategy_options)
         return fields
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,6 +8,7 @@ and of Chaudhry et al. 2018 for forgetting.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from nnheads.errors import ConfigError
@@ -68,7 +69,7 @@ def backward_transfer(matrix: Matrix) -> float:
     return sum(entry(matrix, last, j) - entry(matrix, j, j) for j in range(last)) / last
 
 
-def forward_transfer(matrix: Matrix, baseline: Sequence[float]) -> float:
+def forward_transfer(matrix: Matrix, baseline: Sequence[float | None]) -> float:
     """Mean over experiences j > 0 of the accuracy just before their training minus that of an untrained model.
 
     Args:
@@ -83,7 +84,7 @@ def forward_transfer(matrix: Matrix, baseline: Sequence[float]) -> float:
         raise ConfigError(f"forward transfer: {len(baseline)} baseline accuracies for {last + 1} experiences")
     if last == 0:
         return 0.0
-    return sum(entry(matrix, j - 1, j) - baseline[j] for j in range(1, last + 1)) / last
+    return sum(entry(matrix, j - 1, j) - entry([baseline], 0, j) for j in range(1, last + 1)) / last
 
 
 def anytime_accuracy(matrix: Matrix, counts: Sequence[int] | None = None) -> float:
@@ -97,6 +98,20 @@ def anytime_accuracy(matrix: Matrix, counts: Sequence[int] | None = None) -> flo
     if counts is None:
         return sum(average_accuracy(matrix, i) for i in steps) / len(steps)
     return sum(seen_accuracy(matrix, counts, i) for i in steps) / len(steps)
+
+
+def mean_and_spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
+    """The mean, and as spread the sample standard deviation, which one value has none of.
+
+    Returns:
+        ``mean`` and ``spread``; None where a value is missing or not finite, for a mean over the others would not be
+        comparable.
+    """
+    numbers = [value for value in values if value is not None and math.isfinite(value)]
+    if not numbers or len(numbers) < len(values):
+        return None
+    spread = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return {"mean": statistics.fmean(numbers), "spread": spread}
 
 
 def accuracy_row(correct: Sequence[int], counts: Sequence[int]) -> list[float | None]:

@@ -27,15 +27,19 @@ _PACKAGES = {
 }
 
 
-def check_out(out: Path) -> Path:
+def check_out(out: Path, *, resume: bool = False) -> Path:
     """The folder, where results can be written to it.
+
+    Args:
+        out: the folder.
+        resume: whether an interrupted run goes on, which may have saved its model but not its results.
 
     Raises:
         ConfigError: it holds results or a model already, or is no folder.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: name a folder that is empty or does not exist yet")
-    for name in (RESULTS, MODEL):
+    for name in (RESULTS,) if resume else (RESULTS, MODEL):
         if (out / name).exists():
             raise ConfigError(f"--out {out} holds {name} already: name another folder, nothing is overwritten")
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
@@ -15,6 +15,7 @@ from nnheads.benchmarks.measures import (
     average_accuracy,
     backward_transfer,
     forgetting,
+    forward_transfer,
     seen_accuracy,
 )
 from nnheads.benchmarks.quiet import import_avalanche, quiet_avalanche
@@ -70,11 +71,11 @@ def run(
     """
     started = time.perf_counter()
     spec = strategy_spec(config.strategy)
-    target = check_out(Path(out)) if out is not None else None
+    target = check_out(Path(out), resume=resume) if out is not None else None
     if checkpoint is None and resume:
         raise ConfigError("resume needs the checkpoint folder of the run that was interrupted")
-    if checkpoint is not None and not spec.checkpoints:
-        able = ", ".join(s.name for s in list_strategies() if s.checkpoints)
+    if checkpoint is not None and not spec.ours:
+        able = ", ".join(s.name for s in list_strategies() if s.ours)
         raise ConfigError(f"strategy {spec.name!r} cannot be resumed and takes no checkpoint; these can: {able}")
     if checkpoint is not None and not resume:
         check_new(Path(checkpoint))
@@ -87,6 +88,7 @@ def run(
     tell("loading Avalanche", 0, 0)
     state = load_checkpoint(Path(checkpoint), config) if checkpoint is not None and resume else RunState()
     learner = _build(config, spec, stream, device, steps.step)
+    untrained = evaluate_row(learner, stream, -1, device, future=True) if config.future else None
     if state.matrix:
         learner.load_state(state.tensors, state.values)
     before = state.seconds
@@ -122,7 +124,9 @@ def run(
         "average_accuracy": average_accuracy(matrix),
         "anytime_accuracy": anytime_accuracy(matrix, counts),
         "backward_transfer": backward_transfer(matrix),
+        "forward_transfer": forward_transfer(matrix, untrained) if untrained is not None else None,
         "accuracy_matrix": matrix,
+        "untrained_accuracy": untrained,
         "test_counts": counts,
         "classes": [[stream.class_names[c] for c in classes] for classes in stream.experiences],
         "train_seconds": sum(train_seconds),
@@ -133,6 +137,7 @@ def run(
         "memory_bytes": sum(parts.values()),
         "memory_parts": parts,
         "exemplars": learner.exemplars,
+        "centers": [_named(event, stream.class_names) for event in learner.center_history()],
         "config": config.to_dict(),
         "versions": versions(),
         "device": device_name(device),
@@ -151,7 +156,8 @@ def run(
 def evaluate_row(
     learner: Learner, stream: Stream, after: int, device: torch.device, *, future: bool = False
 ) -> list[float | None]:
-    """Row ``after`` of the accuracy matrix; None for experiences to come, unless they are asked for too."""
+    """Row ``after`` of the accuracy matrix, -1 for the untrained model; None for experiences to come, unless they are
+    asked for too."""
     count = len(stream)
     wanted = range(count if future else after + 1)
     row: list[float | None] = [None] * count
@@ -189,7 +195,7 @@ def _load(config: RunConfig, spec: StrategySpec, tell: Progress) -> tuple[Stream
     from nnheads.benchmarks.streams import make_stream
 
     resolved = config.resolve(stream_spec(config.stream), spec)
-    if spec.classifier == "any":
+    if spec.ours:
         from nnheads.heads import head_class
 
         head_class(str(resolved.head))  # an unknown name is told before the data are loaded
@@ -200,6 +206,8 @@ def _load(config: RunConfig, spec: StrategySpec, tell: Progress) -> tuple[Stream
         scenario=cast("Scenario", config.scenario),
         progress=tell,
     )
+    if config.validation is not None:
+        stream = stream.holdout(config.validation, config.seed)
     # what a folder of images needs is known only now
     resolved = config.resolve(stream.spec, spec)
     if spec.uses_memory and resolved.memory is not None and resolved.memory < stream.num_classes:
@@ -233,7 +241,7 @@ def _build(
         backbone=backbone,
         head=str(config.head),
         head_options=config.head_options,
-        benchmark=stream.avalanche_benchmark(transformed=True, ids=False) if spec.transformed else stream.benchmark,
+        benchmark=stream.avalanche_benchmark(transformed=True, ids=False) if not spec.ours else stream.benchmark,
         preprocessing=stream.preprocessing,
         class_names=stream.class_names,
         augment=stream.spec.augment,
@@ -246,13 +254,19 @@ def _build(
         device=device,
         precision=config.precision,
         ema=config.ema,
-        dense_loss=config.dense_loss,
-        batch_centers=config.batch_centers,
         strategy_options=config.strategy_options,
         on_step=on_step,
     )
     with quiet_avalanche():
         return spec.build(setup)
+
+
+def _named(event: dict[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
+    """A change of the centers with classes by name, as JSON's keys are text."""
+    return {
+        key: {class_names[c]: n for c, n in value.items()} if isinstance(value, dict) else value
+        for key, value in event.items()
+    }
 
 
 @final

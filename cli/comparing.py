@@ -1,26 +1,31 @@
-"""``nnheads compare``: the same training with one head after another, in one table."""
+"""``nnheads compare``: heads on a data set, or strategies and heads on a stream, in one table."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nnheads.cli import options, screen
+from nnheads.cli.compare_tables import show_heads, show_strategies
 from nnheads.cli.folders import newest, results_folder
 from nnheads.errors import ConfigError
 
 if TYPE_CHECKING:
     from nnheads.benchmarks.comparison import CompareConfig
+    from nnheads.benchmarks.stream_comparison import StreamComparison
 
 STEM = "compare"
+HEADS = "dense,knn,nca"
 
 
 def compare(
     heads: Annotated[
-        str, typer.Option("--heads", metavar="A,B,...", help="Heads to compare; see nnheads list heads.")
-    ] = "dense,knn,nca",
+        str | None,
+        typer.Option("--heads", metavar="A,B,...", help=f"Heads to compare; see nnheads list heads (default {HEADS})."),
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option("--dataset", metavar="NAME", help="Train on all classes at once (default: digits)."),
@@ -28,66 +33,158 @@ def compare(
     stream: Annotated[
         str | None, typer.Option("--stream", metavar="NAME", help="Train on classes that arrive one after another.")
     ] = None,
-    strategy: Annotated[
-        str, typer.Option("--strategy", metavar="NAME", help="How a stream is learned; see nnheads list strategies.")
-    ] = "replay",
+    strategies: Annotated[
+        str | None,
+        typer.Option(
+            "--strategies",
+            metavar="A,B,...",
+            help="Strategies to compare on the stream; settings of one are joined to it, as impostor+n_a=0+n_d=0 or "
+            "replay+ema=0.99+head=dense.",
+        ),
+    ] = None,
     backbone: options.Backbone = None,
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
-    lr: options.LearningRate = None,
-    memory: options.Memory = None,
+    lr: Annotated[
+        str | None,
+        typer.Option("--lr", metavar="RATE,...", help="Learning rate; on a stream several make a row each."),
+    ] = None,
+    pick_lr: Annotated[
+        bool,
+        typer.Option("--pick-lr", help="Choose each strategy's rate among --lr on --validation, then run on test."),
+    ] = False,
+    validation: options.Validation = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="M,...", help="Exemplars kept, over all classes (streams).")
+    ] = None,
+    ema: options.Ema = None,
+    strategy_option: options.StrategyOptions = None,
+    replay_batch: options.ReplayBatch = None,
+    scenario: options.Scenario = "class",
     seeds: Annotated[str, typer.Option("--seeds", metavar="0,1,...", help="Train once with each seed.")] = "0",
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
+    threads: options.Threads = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for the results (by default runs/compare-NNN).")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what is finished in --out, or in the newest runs/compare-NNN.")
     ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="RUN", help="Make these runs alone, as 'replay-*-s0'; may be given again."),
+    ] = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train the same backbone from the same seed with each head and compare what comes out."""
+    """Train with each head on a data set, or with each strategy on a stream, and compare what comes out.
+
+    On a stream every strategy is run with every memory and every seed. Two processes with the same --out and --resume
+    share the work.
+    """
     if dataset is not None and stream is not None:
         raise ConfigError("give --dataset or --stream, not both")
-    if stream is None and memory is not None:
-        raise ConfigError("--memory is for --stream: on a data set a head stores all training samples")
-    options.positive("--lr", lr)
-    given_heads, given_seeds = options.names("--heads", heads), options.seeds(seeds)
+    given_seeds = options.seeds(seeds)
+    given_heads = None if heads is None else options.names("--heads", heads)
+    rates = () if lr is None else options.numbers("--lr", lr)
+    options.share("--ema", ema)
+    options.share("--validation", validation)
+    on_stream = {
+        "--strategies": strategies,
+        "--memory": memory,
+        "--ema": ema,
+        "--strategy-option": strategy_option,
+        "--replay-batch": replay_batch,
+        "--validation": validation,
+        "--pick-lr": pick_lr or None,
+        "--only": only,
+        "--scenario": None if scenario == "class" else scenario,
+    }
+    if stream is None:
+        for option, value in on_stream.items():
+            if value is not None:
+                raise ConfigError(f"{option} is for --stream: on a data set a head is trained on all classes at once")
+        if len(rates) > 1:
+            raise ConfigError("several learning rates are for --stream: give one")
+    if pick_lr and (len(rates) < 2 or validation is None):
+        raise ConfigError(
+            "--pick-lr chooses among several rates on held-out images: give --lr 0.03,0.1 --validation 0.1"
+        )
     if resume and out is None:
         out = newest(STEM)
         if out is None:
             raise ConfigError("--resume found no runs/compare-NNN here: name the folder with --out")
+    options.set_threads(threads)
     with screen.interruptible(lambda: "nothing"):
-        from nnheads.benchmarks.comparison import CompareConfig
+        work: Callable[[Path], dict[str, Any]]
+        if stream is None:
+            from nnheads.benchmarks.comparison import CompareConfig
 
-        config = CompareConfig(
-            heads=given_heads,
-            dataset=dataset or "digits",
-            stream=stream,
-            strategy=strategy,
-            seeds=given_seeds,
-            backbone=backbone,
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=lr,
-            memory=memory,
-            data_dir=data_dir,
-            device=device,
-        )
-        config.check()
+            config = CompareConfig(
+                heads=given_heads or options.names("--heads", HEADS),
+                dataset=dataset or "digits",
+                seeds=given_seeds,
+                backbone=backbone,
+                epochs=epochs,
+                batch_size=batch_size,
+                learning_rate=rates[0] if rates else None,
+                data_dir=data_dir,
+                device=device,
+            )
+            config.check()
+
+            def work(folder: Path) -> dict[str, Any]:
+                return _heads(config, folder, resume, quiet)
+
+        else:
+            from nnheads.benchmarks.config import RunConfig
+            from nnheads.benchmarks.stream_comparison import StreamComparison
+            from nnheads.benchmarks.variants import variants
+
+            one_rate = len(rates) == 1
+            plan = StreamComparison(
+                variants=variants(
+                    None if strategies is None else options.names("--strategies", strategies),
+                    given_heads if strategies or given_heads else options.names("--heads", HEADS),
+                    () if one_rate or pick_lr else rates,
+                ),
+                memory=(None,) if memory is None else options.numbers("--memory", memory, int),
+                seeds=given_seeds,
+                base=RunConfig(
+                    stream=stream,
+                    data_dir=data_dir,
+                    backbone=backbone,
+                    epochs=epochs,
+                    batch_size=batch_size,
+                    replay_batch=replay_batch,
+                    learning_rate=rates[0] if one_rate else None,
+                    ema=ema,
+                    strategy_options=options.pairs("--strategy-option", strategy_option),
+                    scenario=scenario,
+                    validation=validation,
+                    device=device,
+                ),
+                rates=rates if pick_lr else (),
+            )
+            plan.check()
+
+            def work(folder: Path) -> dict[str, Any]:
+                return _strategies(plan, folder, resume, only or [], quiet)
+
         with results_folder(out, STEM) as folder:
-            summary = _compare(config, folder, resume, quiet)
+            summary = work(folder)
     if as_json:
         screen.print_json({**summary, "path": str(folder)})
+    elif not quiet and stream is None:
+        show_heads(summary)
     elif not quiet:
-        _show(summary)
+        show_strategies(summary)
     if not as_json:
         screen.line(f"{'' if quiet else chr(10)}results: {folder / 'summary.json'}")
 
 
-def _compare(config: CompareConfig, folder: Path, resume: bool, quiet: bool) -> dict[str, Any]:
+def _heads(config: CompareConfig, folder: Path, resume: bool, quiet: bool) -> dict[str, Any]:
     from nnheads.benchmarks.compare import compare
     from nnheads.benchmarks.comparison import cells
     from nnheads.cli.progress import Bar
@@ -95,10 +192,7 @@ def _compare(config: CompareConfig, folder: Path, resume: bool, quiet: bool) -> 
     made = cells(config, folder)
 
     def kept() -> str:
-        done = sum(cell.results.is_file() for cell in made)
-        if not done:
-            return "nothing"
-        return f"{done} of {len(made)} configurations in {folder}; go on with --resume --out {folder}"
+        return _kept(sum(cell.results.is_file() for cell in made), len(made), folder)
 
     with screen.interruptible(kept), Bar(shown=not quiet) as bar:
 
@@ -110,71 +204,29 @@ def _compare(config: CompareConfig, folder: Path, resume: bool, quiet: bool) -> 
         return compare(config, folder, resume=resume, progress=bar, finished=finished)
 
 
-def _show(summary: dict[str, Any]) -> None:
-    settings = summary["settings"]
-    seeds = ", ".join(map(str, summary["seeds"]))
-    what = settings.get("dataset") or settings["stream"]
-    facts = [f"backbone {settings['backbone']}" if settings["backbone"] else "", f"seed{'s' * (',' in seeds)} {seeds}"]
-    if settings["epochs"]:
-        facts.insert(1, f"{settings['epochs']} epoch{'s' * (settings['epochs'] > 1)}")
-    screen.line(f"{what}: {', '.join(fact for fact in facts if fact)}")
-    formats = _DATASET if summary["kind"] == "dataset" else _STREAM
-    screen.table("", *_fitting(summary["rows"], formats), text=["head", "measure"])
-    if len(summary["seeds"]) > 1:
-        screen.line(f"± is the sample standard deviation over {len(summary['seeds'])} seeds")
+def _strategies(plan: StreamComparison, folder: Path, resume: bool, only: list[str], quiet: bool) -> dict[str, Any]:
+    from nnheads.benchmarks.compare_streams import compare_streams, stream_cells
+    from nnheads.cli.progress import Bar
+
+    made = stream_cells(plan, folder, only)
+
+    def kept() -> str:
+        return _kept(sum(cell.results.is_file() for cell in made), len(made), folder)
+
+    with screen.interruptible(kept), Bar(shown=not quiet) as bar:
+
+        def finished(result: dict[str, Any], done: int, total: int) -> None:
+            memory = "" if result["memory"] is None else f", memory {result['memory']}"
+            bar.line(
+                f"{done} of {total}: {result['variant']}{memory}, seed {result['seed']}: accuracy "
+                f"{screen.percent(result['accuracy'])} %, forgetting {screen.percent(result['forgetting'])} %, "
+                f"{screen.duration(result['train_seconds'] + result['eval_seconds'])}"
+            )
+
+        return compare_streams(plan, folder, resume=resume, only=only, progress=bar, finished=finished)
 
 
-# A measure's heading, where a "|" marks where it may break, and its form.
-_DATASET: dict[str, tuple[str, screen.Format]] = {
-    "accuracy": ("accuracy|%", screen.percent),
-    "log_loss": ("log-loss", screen.number),
-    "ece": ("ECE|%", screen.percent),
-    "parameters": ("para-|meters", screen.count),
-    "memory_bytes": ("memory", screen.size),
-    "train_seconds": ("train|s", screen.tenths),
-    "ms_per_sample": ("ms a|sample", screen.number),
-    "agreement": ("agrees with|dense %", screen.percent),
-}
-_STREAM: dict[str, tuple[str, screen.Format]] = {
-    "accuracy": ("accuracy|%", screen.percent),
-    "forgetting": ("forgetting|%", screen.percent),
-    "train_seconds": ("train|s", screen.tenths),
-    "eval_seconds": ("evaluation|s", screen.tenths),
-    "memory_bytes": ("memory", screen.size),
-}
-
-
-def _fitting(
-    rows: list[dict[str, Any]], formats: dict[str, tuple[str, screen.Format]]
-) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells in the first arrangement that the screen has room for."""
-    room = screen.out().width
-    for wide in (True, False):
-        columns = ["head", *(_heading(text, wide) for text, _ in formats.values())]
-        cells = [
-            [row["head"], *(_cell(row[measure], form, wide) for measure, (_, form) in formats.items())] for row in rows
-        ]
-        if screen.width(columns, cells) <= room:
-            return columns, cells
-    # a narrow screen or long names: a column for each head
-    names = ["measure", *(row["head"] for row in rows)]
-    turned = [
-        [_heading(text, True), *(_cell(row[measure], form, True) for row in rows)]
-        for measure, (text, form) in formats.items()
-    ]
-    return names, turned
-
-
-def _heading(text: str, wide: bool) -> str:
-    return text.replace("-|", "").replace("|", " ") if wide else text.replace("|", "\n")
-
-
-def _cell(value: dict[str, float | None] | None, form: screen.Format, wide: bool) -> str:
-    if value is None:
-        return screen.DASH
-    text = form(value["mean"])
-    if value["spread"] is None:
-        return text
-    spread = form(value["spread"])
-    # What is the same whatever the seed, as the number of parameters, needs no spread.
-    return text if not value["spread"] else f"{text}{' ' if wide else chr(10)}±{spread}"
+def _kept(done: int, total: int, folder: Path) -> str:
+    if not done:
+        return "nothing"
+    return f"{done} of {total} configurations in {folder}; go on with --resume --out {folder}"

@@ -14,12 +14,13 @@ RUNS = Path("runs")
 
 
 @contextmanager
-def results_folder(out: Path | None, stem: str) -> Iterator[Path]:
+def results_folder(out: Path | None, stem: str, *, resume: bool = False) -> Iterator[Path]:
     """Makes the folder that a command writes into, and takes it away again if nothing was written.
 
     Args:
         out: what the user named; None for ``runs/STEM-001``, ``runs/STEM-002`` and so on.
         stem: beginning of the folder's name.
+        resume: whether an interrupted run goes on in ``out``.
 
     Raises:
         ConfigError: ``out`` is a file or holds the results of a run, or the folder cannot be made.
@@ -28,7 +29,7 @@ def results_folder(out: Path | None, stem: str) -> Iterator[Path]:
         if out is None:
             folder, made = _numbered(stem), True
         else:
-            folder = check_out(out.expanduser())
+            folder = check_out(out.expanduser(), resume=resume)
             made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

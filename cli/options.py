@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from nnheads.benchmarks.variants import json_or_text
 from nnheads.errors import ConfigError
+
+_EXAMPLES = {"--option": "k=16", "--strategy-option": "fine_tune=1"}
 
 DataDir = Annotated[
     Path | None,
@@ -37,8 +39,51 @@ HeadOptions = Annotated[
 ]
 
 
-def head_options(given: list[str] | None) -> dict[str, Any]:
+StrategyOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--strategy-option",
+        metavar="KEY=VALUE",
+        help="Option of the strategy, as fine_tune=1; may be given several times.",
+    ),
+]
+Ema = Annotated[
+    float | None,
+    typer.Option("--ema", metavar="DECAY", help="Answer with weights averaged over steps, as 0.99 (our strategies)."),
+]
+ReplayBatch = Annotated[
+    int | None,
+    typer.Option("--replay-batch", min=0, metavar="N", help="Exemplars replayed a step (by default --batch-size)."),
+]
+Scenario = Annotated[
+    str, typer.Option("--scenario", metavar="NAME", help="class, or task: at test the experience is known.")
+]
+Validation = Annotated[
+    float | None,
+    typer.Option(
+        "--validation", metavar="SHARE", help="Test on this share of the training images, to choose settings by."
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads of this process (default: torch's).")
+]
+Plots = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw figures beside the results.")]
+
+
+def set_threads(count: int | None) -> None:
+    """Let torch compute with so many threads; None leaves it as it is."""
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def pairs(option: str, given: list[str] | None) -> dict[str, Any]:
     """Reads ``key=value`` pairs; a value is read as JSON where it is JSON, else taken as text.
+
+    Args:
+        option: the option that gave them, for the message.
+        given: the pairs.
 
     Raises:
         ConfigError: if one has another form or a key comes twice.
@@ -48,13 +93,10 @@ def head_options(given: list[str] | None) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         key = key.strip().replace("-", "_")
         if not equals or not key.isidentifier():
-            raise ConfigError(f"--option {pair!r} must have the form key=value, as in --option k=16")
+            raise ConfigError(f"{option} {pair!r} must have the form key=value, as in {option} {_EXAMPLES[option]}")
         if key in options:
-            raise ConfigError(f"--option {key} is given twice")
-        try:
-            options[key] = json.loads(text)
-        except json.JSONDecodeError:
-            options[key] = text
+            raise ConfigError(f"{option} {key} is given twice")
+        options[key] = json_or_text(text)
     return options
 
 
@@ -84,6 +126,25 @@ def names(option: str, text: str) -> tuple[str, ...]:
     if not found:
         raise ConfigError(f"{option} needs at least one name, with commas between several")
     return found
+
+
+def numbers(option: str, text: str, kind: type[int] | type[float] = float) -> tuple[Any, ...]:
+    """Reads numbers above 0 with commas between them; each counts once.
+
+    Raises:
+        ConfigError: if one is not such a number.
+    """
+    found = []
+    for name in names(option, text):
+        try:
+            value = kind(name)
+        except ValueError:
+            value = kind(0)
+        if not 0 < value < float("inf"):
+            what = "whole numbers from 1 on" if kind is int else "numbers above 0"
+            raise ConfigError(f"{option} must be {what}, with commas between several, not {name!r}")
+        found.append(value)
+    return tuple(dict.fromkeys(found))
 
 
 def seeds(text: str) -> tuple[int, ...]:

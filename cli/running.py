@@ -11,6 +11,7 @@ import typer
 from nnheads.benchmarks.results import MODEL, RESULTS
 from nnheads.cli import options, screen
 from nnheads.cli.folders import results_folder, safe_stem
+from nnheads.errors import ConfigError
 
 if TYPE_CHECKING:
     from nnheads.benchmarks.config import RunConfig
@@ -31,28 +32,24 @@ def run(
     batch_size: options.BatchSize = None,
     memory: options.Memory = None,
     lr: options.LearningRate = None,
-    ema: Annotated[
-        float | None,
-        typer.Option("--ema", metavar="DECAY", help="Answer with weights averaged over steps, as 0.99."),
-    ] = None,
+    ema: options.Ema = None,
     option: options.HeadOptions = None,
+    strategy_option: options.StrategyOptions = None,
     seed: Annotated[
         int, typer.Option("--seed", min=0, metavar="N", help="Of class order, first weights and batches.")
     ] = 0,
-    replay_batch: Annotated[
-        int | None,
-        typer.Option("--replay-batch", min=0, metavar="N", help="Exemplars replayed a step (by default --batch-size)."),
-    ] = None,
-    dense_loss: Annotated[
-        float,
-        typer.Option("--dense-loss", metavar="WEIGHT", help="Weight of a dense classifier's loss beside the head's."),
-    ] = 0.0,
-    batch_centers: Annotated[
-        bool, typer.Option("--batch-centers", help="In training, also vote by the batch's own embeddings.")
+    replay_batch: options.ReplayBatch = None,
+    scenario: options.Scenario = "class",
+    future: Annotated[
+        bool, typer.Option("--future", help="Evaluate experiences to come too, for forward transfer.")
     ] = False,
-    scenario: Annotated[
-        str, typer.Option("--scenario", metavar="NAME", help="class, or task: at test the experience is known.")
-    ] = "class",
+    validation: options.Validation = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", metavar="DIR", help="Save the state of the run there after every experience."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --checkpoint.")] = False,
+    threads: options.Threads = None,
     device: options.Device = "auto",
     out: Annotated[
         Path | None,
@@ -62,9 +59,14 @@ def run(
     quiet: options.Quiet = False,
 ) -> None:
     """Train a head on a stream, where classes arrive one after another, and save model and results."""
-    head_options = options.head_options(option)
+    head_options = options.pairs("--option", option)
+    strategy_options = options.pairs("--strategy-option", strategy_option)
+    if resume and checkpoint is None:
+        raise ConfigError("--resume needs --checkpoint, the folder of the run that was interrupted")
     options.positive("--lr", lr)
     options.share("--ema", ema)
+    options.share("--validation", validation)
+    options.set_threads(threads)
     with screen.interruptible(lambda: "nothing"):
         from nnheads.benchmarks.config import RunConfig
         from nnheads.strategies.registry import strategy_spec
@@ -81,16 +83,17 @@ def run(
             seed=seed,
             scenario=scenario,
             replay_batch=replay_batch,
-            dense_loss=dense_loss,
-            batch_centers=batch_centers,
             device=device,
             head_options=head_options,
+            strategy_options=strategy_options,
+            future=future,
+            validation=validation,
             learning_rate=lr,
             ema=ema,
         )
         stem = safe_stem(f"{stream}-{strategy_spec(strategy).resolve_head(head)}")
-        with results_folder(out, stem) as folder:
-            results = _run(config, folder, quiet)
+        with results_folder(out, stem, resume=resume) as folder:
+            results = _run(config, folder, quiet, checkpoint, resume)
     if as_json:
         screen.print_json({**results, "path": str(folder)})
         return
@@ -103,19 +106,29 @@ def run(
     )
 
 
-def _run(config: RunConfig, folder: Path, quiet: bool) -> dict[str, Any]:
+def _run(
+    config: RunConfig, folder: Path, quiet: bool, checkpoint: Path | None = None, resume: bool = False
+) -> dict[str, Any]:
+    from nnheads.benchmarks.checkpoint import experiences_done
     from nnheads.benchmarks.runner import run
     from nnheads.cli.progress import Bar
 
     def kept() -> str:
+        if checkpoint is not None and (done := experiences_done(checkpoint)):
+            how = "the same command" if resume else "the same command and --resume"
+            return f"{done} experience{'s' * (done > 1)} in {checkpoint}; go on with {how}"
         names = sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
         return f"{', '.join(names)} in {folder}" if names else "nothing"
 
     with screen.interruptible(kept), Bar(shown=not quiet) as bar:
-        return run(config, folder, progress=bar)
+        if checkpoint is not None:
+            bar.line(f"checkpoint after every experience in {checkpoint}; if this run is killed, add --resume to go on")
+        return run(config, folder, progress=bar, checkpoint=checkpoint, resume=resume)
 
 
 def _show(results: dict[str, Any], folder: Path) -> None:
+    if results["config"].get("validation"):
+        screen.line(f"on {screen.percent(results['config']['validation'], 0)} % of the training images, held out")
     screen.line(f"{results['stream']}: head {results['head']}, strategy {results['strategy']}")
     screen.line(
         f"backbone {results['backbone']}, seed {results['seed']}, scenario {results['scenario']}, {results['device']}"
@@ -126,6 +139,7 @@ def _show(results: dict[str, Any], folder: Path) -> None:
     facts = [
         ("final accuracy", f"{screen.percent(results['accuracy'])} %"),
         ("forgetting", f"{screen.percent(results['forgetting'])} %"),
+        *_transfer(results),
         ("training", screen.duration(results["train_seconds"])),
         ("evaluation", screen.duration(results["eval_seconds"])),
         ("memory", f"{screen.size(results['memory_bytes'])} ({results['exemplars']} exemplars)"),
@@ -137,6 +151,11 @@ def _show(results: dict[str, Any], folder: Path) -> None:
         screen.line(f"{name:<15} {value}")
     screen.line("")
     screen.line(f"next: {_next_command(results, folder)}")
+
+
+def _transfer(results: dict[str, Any]) -> list[tuple[str, str]]:
+    found = results["forward_transfer"]
+    return [] if found is None else [("fwd. transfer", f"{screen.percent(found)} %")]
 
 
 def _show_matrix(matrix: list[list[float | None]], classes: list[list[str]]) -> None:

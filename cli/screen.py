@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -193,9 +195,31 @@ def duration(seconds: float | None) -> str:
 
 @contextmanager
 def interruptible(kept: Callable[[], str]) -> Iterator[None]:
-    """Turns Ctrl-C into one line that says what is kept, and exit code 130."""
+    """Turns Ctrl-C and a polite kill into one line that says what is kept, and exit code 130 or 143."""
+    with _terminable():
+        try:
+            yield
+        except KeyboardInterrupt as how:
+            note(f"interrupted; kept: {kept()}")
+            raise typer.Exit(143 if isinstance(how, _Terminated) else 130) from None
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which batch systems send before they kill."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the block SIGTERM interrupts as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # only there signals can be taken
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    except KeyboardInterrupt:
-        note(f"interrupted; kept: {kept()}")
-        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -90,6 +90,8 @@ class AvalancheLearner(Learner):
         if self.own_scores is None:
             found: Tensor = self.strategy.model(x)
             return found
+        if not self._seen:  # class means of nothing
+            return torch.zeros(len(x), self.setup.num_classes, device=x.device)
         found = self.own_scores(x)
         everything = found.new_full((len(x), self.setup.num_classes), -torch.inf)
         seen = sorted(self._seen)

@@ -37,8 +37,6 @@ class ImpostorLearner(Learner):
 
     def __init__(self, setup: Setup) -> None:
         self.options = options = ImpostorOptions.read(setup.strategy_options)
-        if not options.head_loss and not setup.dense_loss:
-            raise ConfigError("head_loss=0 leaves nothing to train by: give dense_loss too")
         if not options.exemplars and setup.ema is not None:
             raise ConfigError("ema needs the centers' images, to embed them by the averaged backbone: exemplars=true")
         if options.budget_bytes is not None:
@@ -62,14 +60,13 @@ class ImpostorLearner(Learner):
             seed=setup.seed,
         )
         strategy.train_epochs = setup.epochs + options.fine_tune
-        strategy.head_loss = options.head_loss
         plugins: list[SupervisedPlugin] = [self.centers]
         if options.fine_tune:
             plugins.append(FineTune(setup.epochs))
         if options.drift == "frozen":
             plugins.insert(0, FrozenAfterFirst(self.centers))
         if options.drift == "distill":
-            plugins.append(FeatureDistillation(options.tie))
+            plugins.append(FeatureDistillation(options.drift_weight))
         strategy.plugins[:0] = plugins
 
     @property
@@ -86,6 +83,9 @@ class ImpostorLearner(Learner):
     def history(self) -> list[CenterEvent]:
         """Every change of the centers."""
         return self.centers.history
+
+    def center_history(self) -> list[dict[str, Any]]:
+        return [event.to_dict() for event in self.history]
 
     def learn(self, experience: int) -> None:
         self.replay.learn(experience)
@@ -116,7 +116,7 @@ class ImpostorLearner(Learner):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = self.replay.state()
-        return tensors, {**values, "history": [event.to_dict() for event in self.history]}
+        return tensors, {**values, "history": self.center_history()}
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         self.replay.load_state(tensors, values)

@@ -22,13 +22,12 @@ class ImpostorOptions:
         n_a, n_d, choose, drop, redistribute, ridge, rounds, balanced: see
             `nnheads.strategies.center_rules.CenterRules`.
         fine_tune: n_f, passes over the exemplars after the update of the centers; gradient samples all the same.
-        head_loss: weight of the head's own loss, beside ``dense_loss``.
         exemplars: whether the centers' images are kept and replayed. Without them a center stays where the backbone put
             it when its experience was learned.
         drift: what is done about that: ``"free"``: nothing; ``"frozen"``: the backbone learns the first experience
             only; ``"distill"``: the tie of equation 8 with the embeddings of the backbone before the experience, on the
             new data.
-        tie: weight of that tie, in units of one over squared distance.
+        drift_weight: weight of that tie, in units of one over squared distance.
         budget_bytes: memory for exemplars and centers together, in place of ``memory``.
     """
 
@@ -41,10 +40,9 @@ class ImpostorOptions:
     rounds: int = 1
     balanced: bool = True
     fine_tune: int = 0
-    head_loss: float = 1.0
     exemplars: bool = True
     drift: Literal["free", "frozen", "distill"] = "free"
-    tie: float = 1.0
+    drift_weight: float = 1.0
     budget_bytes: int | None = None
 
     @staticmethod
@@ -62,7 +60,7 @@ class ImpostorOptions:
         for name in ("balanced", "exemplars"):
             if not isinstance(given.get(name, True), bool):
                 raise ConfigError(f"{name} must be true or false, not {given[name]!r}")
-        for name in ("head_loss", "tie", "ridge"):
+        for name in ("drift_weight", "ridge"):
             value = given.get(name, 0.0)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ConfigError(f"{name} must be a number, 0 or more, not {value!r}")

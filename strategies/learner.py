@@ -37,8 +37,6 @@ class Setup:
         device: where to train.
         precision: see `nnheads.devices.resolve_precision`.
         ema: decay of averaged weights, None for none.
-        dense_loss: weight of an auxiliary dense classifier's cross-entropy.
-        batch_centers: whether the batch's own embeddings are centers too in training.
         strategy_options: further options of the strategy.
         on_step: called after every step with the number of new samples seen in it.
     """
@@ -59,8 +57,6 @@ class Setup:
     head_options: Mapping[str, Any] = field(default_factory=dict)
     precision: Precision = "auto"
     ema: float | None = None
-    dense_loss: float = 0.0
-    batch_centers: bool = False
     strategy_options: Mapping[str, Any] = field(default_factory=dict)
     on_step: Callable[[int], None] | None = None
 
@@ -104,6 +100,10 @@ class Learner(ABC):
     @abstractmethod
     def headed_model(self) -> HeadedModel | None:
         """The model that answers, to be saved; None where the strategy decides by something that is no head."""
+
+    def center_history(self) -> list[dict[str, Any]]:
+        """Every change of the centers, see `nnheads.strategies.center_rules.CenterEvent`; none by default."""
+        return []
 
     @property
     def channels_last(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, final
 
 from nnheads.errors import ConfigError, unknown_name
@@ -30,12 +30,8 @@ class StrategySpec:
         classifier: ``"any"`` where it takes any head; ``"dense"`` where it trains the backbone's own dense classifier;
             otherwise what it decides by instead of a head.
         default_head: the head where the user names none.
-        transformed: whether it wants Avalanche's items ``(x, y, t)``, transformed one by one, instead of raw images
-            with ids.
         uses_memory: whether the memory budget means anything to it.
-        checkpoints: whether it can be saved and resumed between experiences.
-        own_options: whether ``ema``, ``dense_loss`` and ``batch_centers`` mean anything to it.
-        takes_options: whether it has options of its own, ``strategy_options``.
+        options: ``module:class`` of the dataclass of its own options, ``strategy_options``; empty where it has none.
     """
 
     name: str
@@ -43,16 +39,26 @@ class StrategySpec:
     description: str
     classifier: str = "dense"
     default_head: str = "dense"
-    transformed: bool = True
     uses_memory: bool = True
-    checkpoints: bool = False
-    own_options: bool = False
-    takes_options: bool = False
+    options: str = ""
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is this project's own and no strategy of Avalanche's: it takes any head, raw images with ids and
+        averaged weights, and can be saved and resumed between experiences."""
+        return self.classifier == "any"
 
     @property
     def brings_own_classifier(self) -> bool:
         """Whether it decides by something else than a head, so that no head can be chosen."""
         return self.classifier not in ("any", "dense")
+
+    def option_names(self) -> list[str]:
+        """Names of its own options."""
+        if not self.options:
+            return []
+        module, _, name = self.options.partition(":")
+        return [field.name for field in fields(vars(importlib.import_module(module))[name])]
 
     def resolve_head(self, head: str | None) -> str:
         """The name of the head that a run has, or of what stands in its place.
@@ -96,9 +102,6 @@ STRATEGIES: dict[str, StrategySpec] = {
             "class-balanced exemplars, replayed beside the new samples and the head's memory at test; any head",
             classifier="any",
             default_head="impostor",
-            transformed=False,
-            checkpoints=True,
-            own_options=True,
         ),
         StrategySpec(
             "impostor",
@@ -106,10 +109,7 @@ STRATEGIES: dict[str, StrategySpec] = {
             "replay whose exemplars are the centers, dropped and added by Algorithm 1; a head that votes by kernels",
             classifier="any",
             default_head="impostor",
-            transformed=False,
-            checkpoints=True,
-            own_options=True,
-            takes_options=True,
+            options="nnheads.strategies.impostor_options:ImpostorOptions",
         ),
         _avalanche("naive", "naive", "plain fine-tuning on each experience (lower bound)", uses_memory=False),
         _avalanche("avalanche-replay", "replay", "Avalanche's Replay, the same exemplar budget"),

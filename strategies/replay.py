@@ -21,7 +21,6 @@ from nnheads.headed import HeadedModel
 from nnheads.heads.base import Head
 from nnheads.heads.memory_head import MemoryHead
 from nnheads.strategies.averaged import averaged_copy, module_bytes
-from nnheads.strategies.batch_centers import vote_loss_with_batch, votes_by_kernel
 from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.plugins import silent_evaluator
 from nnheads.strategies.refill import EMBED_BATCH, refill
@@ -50,11 +49,6 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         seed: of order, augmentation and replay.
         precision: see `nnheads.training.autocast_for`.
         ema: decay of an averaged model that answers in place of the trained one; None for none.
-        head_loss: weight of the head's own loss.
-        dense_loss: weight of the cross-entropy of an auxiliary dense classifier on the embeddings, which is no part of
-            the saved model.
-        batch_centers: count the batch's own embeddings as centers, each left out for itself; for heads that vote with
-            Gaussian kernels.
         train_mb_size, train_epochs, eval_mb_size, device, plugins, evaluator, eval_every: as in Avalanche.
 
     Attributes:
@@ -76,9 +70,6 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         seed: int = 0,
         precision: Precision = "auto",
         ema: float | None = None,
-        head_loss: float = 1.0,
-        dense_loss: float = 0.0,
-        batch_centers: bool = False,
         train_mb_size: int = 32,
         train_epochs: int = 1,
         eval_mb_size: int = EMBED_BATCH,
@@ -94,15 +85,9 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
             model.backbone.to(memory_format=torch.channels_last)
         if ema is not None and not 0 < ema < 1:
             raise ConfigError(f"ema must be between 0 and 1, not {ema}")
-        if batch_centers:
-            votes_by_kernel(model.head)
         self.average = WeightAverage(model, ema) if ema is not None else None
         self.averaged: HeadedModel | None = None
-        # Outside the model: what is saved is the backbone and the head.
-        self.auxiliary = nn.Linear(model.in_features, model.head.num_classes).to(where) if dense_loss else None
         groups = [{"params": list(model.backbone.parameters())}, *model.head.param_groups(learning_rate)]
-        if self.auxiliary is not None:
-            groups.append({"params": list(self.auxiliary.parameters())})
         super().__init__(
             model=model,
             optimizer=torch.optim.SGD(groups, lr=learning_rate),
@@ -121,9 +106,6 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         self.replay_batch = replay_batch
         self.seed = seed
         self.precision = precision
-        self.head_loss = head_loss
-        self.dense_loss = dense_loss
-        self.batch_centers = batch_centers
         self.intake: frozenset[int] | None = None
         self.further_loss: Callable[[Tensor, Tensor], Tensor] | None = None
         self.epochs_done = 0
@@ -181,7 +163,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
 
     def check_model_and_optimizer(self, reset_optimizer_state: bool = False, **kwargs: Any) -> None:
         """Parameters that a wider head brought join the optimizer, those they replaced leave it."""
-        wanted = list(self.model.parameters()) + (list(self.auxiliary.parameters()) if self.auxiliary else [])
+        wanted = list(self.model.parameters())
         alive = {id(p) for p in wanted}
         for group in self.optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) in alive]
@@ -220,15 +202,9 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         """The training loss; in evaluation the negative log-likelihood."""
         if not self.is_training:
             return F.nll_loss(self.mb_output, self.mb_y)
-        z, y, ids = self._features, self.mb_y, self.mb_ids
-        loss = z.new_zeros(())
-        if self.head_loss:
-            own = vote_loss_with_batch(self.head, z, y, ids) if self.batch_centers else self.head.loss(z, y, ids=ids)
-            loss = self.head_loss * own
-        if self.auxiliary is not None:
-            loss = loss + self.dense_loss * F.cross_entropy(self.auxiliary(z), y)
+        loss = self.head.loss(self._features, self.mb_y, ids=self.mb_ids)
         if self.further_loss is not None:
-            loss = loss + self.further_loss(self.mb_x, z)
+            loss = loss + self.further_loss(self.mb_x, self._features)
         return loss
 
     def optimizer_step(self) -> None:
@@ -298,6 +274,4 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         parts["centers"] = sum(head.memory.bytes for head in heads if isinstance(head, MemoryHead))
         if self.average is not None:
             parts["averaged_weights"] = module_bytes(self.average.averaged.module)
-        if self.auxiliary is not None:
-            parts["auxiliary_classifier"] = module_bytes(self.auxiliary)
         return parts

@@ -53,8 +53,6 @@ class ReplayLearner(Learner):
             seed=setup.seed,
             precision=setup.precision,
             ema=setup.ema,
-            dense_loss=setup.dense_loss,
-            batch_centers=setup.batch_centers,
             train_mb_size=setup.batch_size,
             train_epochs=setup.epochs,
             device=setup.device,
@@ -104,8 +102,6 @@ class ReplayLearner(Learner):
         }
         if strategy.average is not None:
             parts["average"] = strategy.average.averaged.state_dict()
-        if strategy.auxiliary is not None:
-            parts["auxiliary"] = strategy.auxiliary.state_dict()
         tensors = {f"{part}.{name}": tensor for part, group in parts.items() for name, tensor in group.items()}
         values = {
             "buffer": buffer_values,
@@ -123,8 +119,6 @@ class ReplayLearner(Learner):
         if strategy.average is not None:
             strategy.average.averaged.load_state_dict(_part(tensors, "average"))
             strategy.average.steps = int(values["averaged_steps"])
-        if strategy.auxiliary is not None:
-            strategy.auxiliary.load_state_dict(_part(tensors, "auxiliary"))
         strategy.clock.train_exp_counter = int(values["experiences"])
         strategy.epochs_done = int(values["epochs"])
         strategy.gradient_samples = int(values["gradient_samples"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nnheads.training
-from nnheads.benchmarks.compare import MEASURES, RECIPES, CompareConfig, cells, compare, summarize
+from nnheads.benchmarks.compare import MEASURES, RECIPES, CompareConfig, compare
 from nnheads.benchmarks.datasets import DATASETS
 from nnheads.errors import CheckpointError, ConfigError, UnknownNameError
 
@@ -28,7 +28,7 @@ def test_one_file_a_configuration_and_a_summary(finished: tuple[Path, dict[str, 
     assert json.loads((out / "summary.json").read_text()) == summary
     for name in names:
         result = json.loads((out / name).read_text())
-        assert set(MEASURES["dataset"]) - {"agreement"} <= set(result)
+        assert set(MEASURES) - {"agreement"} <= set(result)
         assert result["settings"]["epochs"] == 1
         assert 0 <= result["ece"] <= 1
         assert result["versions"]["torch"]
@@ -116,12 +116,10 @@ def test_results_are_never_mixed_or_overwritten(tmp_path: Path, finished: tuple[
         ({"heads": ("dense", "knnn")}, UnknownNameError, "did you mean 'knn'"),
         ({"heads": ()}, ConfigError, "at least one head"),
         ({"dataset": "digit"}, UnknownNameError, "did you mean 'digits'"),
-        ({"stream": "split-digit"}, UnknownNameError, "did you mean 'split-digits'"),
         ({"backbone": "convnets"}, UnknownNameError, "convnet"),
         ({"device": "abacus"}, ConfigError, "abacus"),
         ({"epochs": 0}, ConfigError, "epochs"),
         ({"learning_rate": -1.0}, ConfigError, "learning_rate"),
-        ({"stream": "split-digits", "strategy": "icarl"}, ConfigError, "brings its own classifier"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(
@@ -131,39 +129,6 @@ def test_mistakes_are_told_before_anything_is_made(
     with pytest.raises(error, match=words):
         compare(CompareConfig(**{"epochs": 1, **changes}), out)
     assert not out.exists()
-
-
-def test_a_stream_is_given_to_the_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import nnheads.benchmarks.runner
-
-    asked = []
-
-    def run(config: Any, out: Any, **options: Any) -> dict[str, Any]:
-        asked.append(config)
-        accuracy = {"dense": 0.5, "impostor": 0.75}[config.head] + 0.1 * config.seed
-        return {"accuracy": accuracy, "forgetting": 0.1, "train_seconds": 2.0, "eval_seconds": 1.0, "memory_bytes": 800}
-
-    monkeypatch.setattr(nnheads.benchmarks.runner, "run", run)
-    config = CompareConfig(heads=("dense", "impostor"), stream="split-digits", seeds=(0, 2), memory=100, epochs=3)
-    summary = compare(config, tmp_path)
-    assert [(c.stream, c.head, c.seed, c.memory, c.epochs, c.strategy) for c in asked] == [
-        ("split-digits", head, seed, 100, 3, "replay") for seed in (0, 2) for head in ("dense", "impostor")
-    ]
-    dense, impostor = summary["rows"]
-    assert dense["accuracy"]["mean"] == pytest.approx(0.6)
-    assert impostor["accuracy"]["mean"] == pytest.approx(0.85)
-    assert set(dense) == {"head", *MEASURES["stream"]}
-
-
-def test_means_and_spreads_by_hand(tmp_path: Path) -> None:
-    config = CompareConfig(heads=("dense",), stream="split-digits", seeds=(0, 1, 2))
-    base = {"head": "dense", "forgetting": None, "train_seconds": 1.0, "eval_seconds": 1.0, "memory_bytes": 8}
-    results = [{**base, "accuracy": value} for value in (0.2, 0.4, 0.9)]
-    (row,) = summarize(config, results, {})["rows"]
-    assert row["accuracy"]["mean"] == pytest.approx(0.5)
-    assert row["accuracy"]["spread"] == pytest.approx((0.09 + 0.01 + 0.16) ** 0.5 / 2**0.5)
-    assert row["forgetting"] is None  # a mean over some of the seeds would not be comparable
-    assert [cell.results.name for cell in cells(config, tmp_path)] == [f"dense-seed{seed}.json" for seed in range(3)]
 
 
 def test_every_data_set_has_a_recipe_that_nca_can_train_with() -> None:

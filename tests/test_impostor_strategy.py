@@ -37,9 +37,7 @@ def setup_of(stream: Stream, head: str = "impostor", **given: Any) -> Setup:
 
     import_avalanche()
     torch.manual_seed(0)
-    own = {
-        name: given.pop(name) for name in ("memory", "ema", "dense_loss", "on_step", "replay_batch") if name in given
-    }
+    own = {name: given.pop(name) for name in ("memory", "ema", "on_step", "replay_batch") if name in given}
     fixed: dict[str, Any] = {"memory": 18, "replay_batch": 16}
     return Setup(
         backbone=build_backbone("convnet", num_classes=10, in_channels=1),
@@ -83,7 +81,7 @@ def held(learner: Any) -> list[int]:
     [
         {"redistribute": "exact", "rounds": 2},
         {"choose": "mixed:0.5", "ema": 0.9},
-        {"fine_tune": 1, "dense_loss": 1.0, "head_loss": 0.5},
+        {"fine_tune": 1},
         {"choose": "random", "drop": "random"},
         {"exemplars": False, "drift": "frozen"},
         {"exemplars": False, "drift": "distill"},
@@ -179,7 +177,7 @@ def test_distillation_holds_the_embeddings_where_they_were() -> None:
     images = stream.preprocessing(stream.train_set(0).images)
     moved = {}
     for drift in ("free", "distill"):
-        learner = learner_of(stream, exemplars=False, drift=drift, tie=10.0)
+        learner = learner_of(stream, exemplars=False, drift=drift, drift_weight=10.0)
         learn(learner, 0)
         with torch.no_grad():
             before = learner.headed_model().eval().features(images)
@@ -237,11 +235,10 @@ def test_mistakes_in_the_options() -> None:
         ({"choose": "best"}, "choose must be one of"),
         ({"fine_tune": -1}, "fine_tune must be a whole number, 0 or more"),
         ({"exemplars": "no"}, "exemplars must be true or false"),
-        ({"head_loss": 0}, "leaves nothing to train by"),
         ({"drift": "slow"}, "drift must be one of free, frozen, distill"),
         ({"exemplars": False, "fine_tune": 1}, "fine_tune passes over"),
         ({"exemplars": False, "ema": 0.9}, "ema needs the centers' images"),
-        ({"tie": "much"}, "tie must be a number"),
+        ({"drift_weight": "much"}, "drift_weight must be a number"),
     ):
         with pytest.raises(ConfigError, match=message):
             learner_of(stream, **options)

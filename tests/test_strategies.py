@@ -16,10 +16,8 @@ from nnheads.benchmarks.quiet import import_avalanche, quiet_avalanche
 from nnheads.benchmarks.streams import Stream, make_stream
 from nnheads.data import ImageSet
 from nnheads.errors import ConfigError, UnknownNameError
-from nnheads.heads import build_head, list_heads
 from nnheads.heads.memory_head import MemoryHead
 from nnheads.strategies import list_strategies, strategy_spec
-from nnheads.strategies.batch_centers import vote_loss_with_batch
 from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.learner import Setup
 
@@ -290,19 +288,6 @@ def test_replay_batches_hold_new_samples_then_old_ones() -> None:
     assert learner.gradient_samples == sum(len(y) for y in batches) == 2 * 60 + 4 * 16
 
 
-def test_dense_loss_trains_a_classifier_that_is_not_saved() -> None:
-    from nnheads.strategies.replay_learner import ReplayLearner
-
-    learner = ReplayLearner(replay_setup(small_stream(), dense_loss=1.0))
-    auxiliary = learner.strategy.auxiliary
-    assert auxiliary is not None
-    before = auxiliary.weight.detach().clone()
-    learner.learn(0)
-    assert not torch.equal(before, auxiliary.weight)
-    assert not any("auxiliary" in name for name in learner.headed_model().state_dict())
-    assert learner.memory_parts()["auxiliary_classifier"] == 4 * (128 * 10 + 10)
-
-
 def test_averaged_weights_answer_and_are_counted() -> None:
     from nnheads.strategies.replay_learner import ReplayLearner
 
@@ -357,42 +342,6 @@ def test_a_wider_head_joins_the_optimizer() -> None:
 
 
 # ---- losses and solvers ------------------------------------------------------------------------------------------
-
-
-def test_vote_with_batch_against_the_formula() -> None:
-    torch.manual_seed(0)
-    head = build_head("impostor", 3, 4, sigma=0.7, k=5)
-    assert isinstance(head, MemoryHead)
-    keys, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 3, 0, 1])
-    head.add(keys, labels, torch.tensor([10, 11, 12, 13, 14, 15]))
-    z, y = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 1, 3])
-    ids = torch.tensor([1, 2, 11, 3])  # the third sample has a stored center, which nobody may use
-    centers = torch.cat([z.detach(), keys[[0, 2, 3, 4, 5]]]).double()
-    classes = torch.cat([y, labels[[0, 2, 3, 4, 5]]])
-    expected = 0.0
-    for i in range(4):
-        others = [j for j in range(9) if j != i]
-        d = ((z[i].detach().double() - centers[others]) ** 2).sum(1)
-        near = d.argsort()[:5]
-        kernels = torch.exp(-d[near] / (2 * 0.7**2))
-        p = torch.zeros(4).double().index_add_(0, classes[others][near], kernels / kernels.sum())
-        p = p.clamp_min(head.config()["floor"])
-        expected -= float((p / p.sum()).log()[y[i]]) / 4
-    loss = vote_loss_with_batch(head, z, y, ids)
-    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
-    loss.backward()
-    assert z.grad is not None
-    assert bool((z.grad != 0).any(1).all())
-    assert torch.equal(head.memory.keys[head.memory.rows_of(torch.tensor([11]))][0], z.detach()[2])
-
-
-@pytest.mark.parametrize("head", sorted(set(list_heads()) - {"impostor", "nngk"}))
-def test_batch_centers_refuse_other_heads(head: str) -> None:
-    from nnheads.strategies.replay_learner import ReplayLearner
-
-    setup = replay_setup(small_stream(), head, batch_centers=True)
-    with pytest.raises(ConfigError, match=f"not '{head}'"):
-        ReplayLearner(setup)
 
 
 def test_gem_projects_onto_the_nearest_gradient_that_hurts_nothing() -> None:

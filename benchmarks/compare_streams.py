@@ -1,0 +1,241 @@
+"""Strategies side by side on a stream: one JSON file a run, and means and spreads over the seeds.
+
+Finished runs are never made again, and several processes may work on the same folder: a run is locked while it is made.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from nnheads.benchmarks.locks import exclusive
+from nnheads.benchmarks.measures import mean_and_spread, seen_accuracy
+from nnheads.benchmarks.results import write_json
+from nnheads.benchmarks.stream_comparison import REFERENCE, StreamCell, StreamComparison, stream_cells
+from nnheads.errors import ConfigError
+from nnheads.strategies.registry import strategy_spec
+
+__all__ = ["MEASURES", "StreamCell", "StreamComparison", "compare_streams", "stream_cells", "summarize_streams"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, and how much there is (0: not known)."""
+
+MEASURES: Final = (
+    "accuracy",
+    "forgetting",
+    "anytime_accuracy",
+    "gradient_samples",
+    "memory_bytes",
+    "seconds",
+    "time_ratio",
+)
+"""What is measured: ``seconds`` of training and evaluation, ``time_ratio`` over those of the reference with the same
+memory and seed."""
+
+_POLL_SECONDS: Final = 1.0
+
+
+def compare_streams(
+    plan: StreamComparison,
+    out: Path,
+    *,
+    resume: bool = False,
+    only: Sequence[str] = (),
+    progress: Progress | None = None,
+    finished: Callable[[dict[str, Any], int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Runs every variant with every memory and seed, as far as that is not done yet and not being done elsewhere.
+
+    Args:
+        plan: what to compare.
+        out: folder of the results, made where it is missing: a file for each run, ``summary.json``, and
+            ``validation/`` with the same for the choice of learning rates.
+        resume: keep the runs that ``out`` holds already, go on with interrupted ones, and leave out those that another
+            process is making; without it, a folder with results is refused.
+        only: see `stream_cells`.
+        progress: called as the work goes on.
+        finished: called with the results of each run once they are written, and how many of how many runs are done.
+
+    Returns:
+        The summary, as `summarize_streams` makes it, of all runs that are finished.
+
+    Raises:
+        ConfigError: see `StreamComparison.check` and `stream_cells`; or ``out`` holds results and ``resume`` is False,
+            or they were made with other settings.
+        DataError: the images are missing or damaged.
+        CheckpointError: a file in ``out`` cannot be read.
+    """
+    plan.check()
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file: give a folder")
+    if not resume and out.is_dir() and any(out.glob("*.json")) | (out / "validation").exists():
+        raise ConfigError(f"{out} holds results already: give another --out, or --resume to finish what is there")
+    chosen: dict[str, float] = {}
+    if plan.rates:
+        folder = out / "validation"
+        trials = plan.trials()
+        wanted = stream_cells(trials, folder)
+        _make(trials, wanted, progress, finished, wait=True)
+        found = summarize_streams(trials, wanted)
+        write_json(folder / "summary.json", found)
+        chosen = _best_rates(plan, found)
+        plan = plan.with_rates(chosen)
+    wanted = stream_cells(plan, out, only)
+    _make(plan, wanted, progress, finished)
+    summary = {**summarize_streams(plan, stream_cells(plan, out)), "learning_rates": chosen}
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def summarize_streams(plan: StreamComparison, cells: Sequence[StreamCell]) -> dict[str, Any]:
+    """One row for each variant and memory: the mean of each measure over the seeds and its spread.
+
+    Args:
+        plan: what was compared.
+        cells: its runs.
+
+    Returns:
+        ``kind``, ``stream``, ``seeds``, ``runs`` and ``finished`` (how many), ``reference`` (whose time ``time_ratio``
+        is over), ``settings`` and ``rows``. A row has ``name``, ``strategy``, ``head``, ``memory`` (None where it does
+        not matter), ``seeds`` (those that are finished), ``curve`` (accuracy on all classes seen after each experience:
+        ``mean`` and ``spread``, lists) and for each of the `MEASURES` ``mean`` and ``spread`` (sample standard
+        deviation, None for one seed), or None where there is nothing to measure.
+    """
+    names = [variant.name for variant in plan.variants]
+    reference = REFERENCE if REFERENCE in names else names[0]
+    groups: dict[tuple[int | None, str], dict[int, dict[str, Any]]] = {}
+    for cell in cells:
+        result = cell.finished()
+        if result is not None:
+            groups.setdefault((cell.memory, cell.variant.name), {})[cell.seed] = result
+    return {
+        "kind": "stream",
+        "stream": plan.base.stream,
+        "seeds": list(plan.seeds),
+        "runs": len(cells),
+        "finished": sum(map(len, groups.values())),
+        "reference": reference,
+        "settings": _shared(plan),
+        "rows": [
+            _row(name, memory, groups[memory, name], _reference(groups, reference, memory))
+            for memory, name in sorted(groups, key=lambda group: names.index(group[1]))
+        ],
+    }
+
+
+def _reference(
+    groups: dict[tuple[int | None, str], dict[int, dict[str, Any]]], name: str, memory: int | None
+) -> dict[int, dict[str, Any]]:
+    """By seed, the runs of a row with the same memory, or with any where that does not matter to one of the two."""
+    for (other, found), runs in groups.items():
+        if found == name and (other == memory or other is None or memory is None):
+            return runs
+    return {}
+
+
+def _row(
+    name: str, memory: int | None, runs: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]]
+) -> dict[str, Any]:
+    one = next(iter(runs.values()))
+    measured: dict[str, list[float | None]] = {
+        measure: [run[measure] for run in runs.values()] for measure in MEASURES if measure in one
+    }
+    measured["seconds"] = [_seconds(run) for run in runs.values()]
+    measured["time_ratio"] = [
+        _seconds(run) / _seconds(reference[seed]) if seed in reference else None for seed, run in runs.items()
+    ]
+    curves = [
+        [seen_accuracy(run["accuracy_matrix"], run["test_counts"], i) for i in range(len(run["accuracy_matrix"]))]
+        for run in runs.values()
+    ]
+    points = [mean_and_spread(values) for values in zip(*curves, strict=True)]
+    return {
+        "name": name,
+        "strategy": one["strategy"],
+        "head": one["head"],
+        "memory": memory,
+        "seeds": list(runs),
+        **{measure: mean_and_spread(measured[measure]) for measure in MEASURES},
+        "curve": {
+            "mean": [point["mean"] for point in points if point],
+            "spread": [point["spread"] for point in points if point],
+        },
+    }
+
+
+def _seconds(run: dict[str, Any]) -> float:
+    return float(run["train_seconds"]) + float(run["eval_seconds"])
+
+
+def _shared(plan: StreamComparison) -> dict[str, Any]:
+    """What all runs have in common."""
+    given = plan.base.to_dict()
+    return {name: value for name, value in given.items() if name not in ("strategy", "head", "memory", "seed")}
+
+
+def _best_rates(plan: StreamComparison, found: dict[str, Any]) -> dict[str, float]:
+    """By variant, the rate with the best accuracy on held-out images; the lower one of two that are as good."""
+    accuracy = {row["name"]: row["accuracy"]["mean"] for row in found["rows"]}
+    chosen = {}
+    for variant in plan.variants:
+        if "learning_rate" not in variant.settings:
+            rates = sorted(plan.rates)
+            chosen[variant.name] = max(rates, key=lambda rate: accuracy[variant.with_setting("lr", rate).name])
+    return chosen
+
+
+# ---- the work ----------------------------------------------------------------------------------------------------
+
+
+def _make(
+    plan: StreamComparison,
+    cells: Sequence[StreamCell],
+    progress: Progress | None,
+    finished: Callable[[dict[str, Any], int, int], None] | None,
+    *,
+    wait: bool = False,
+) -> None:
+    """Makes the runs that are missing; those that another process makes are left to it, or waited for."""
+    for cell in cells:
+        cell.finished()  # told before hours are spent on others
+    missing = [cell for cell in cells if not cell.results.is_file()]
+    while missing:
+        left = []
+        for cell in missing:
+            with exclusive(cell.lock) as mine:
+                if not mine:
+                    left.append(cell)
+                elif cell.finished() is None:
+                    result = _run(cell, progress)
+                    write_json(cell.results, result)
+                    shutil.rmtree(cell.checkpoint, ignore_errors=True)
+                    if finished is not None:
+                        finished(result, sum(c.results.is_file() for c in cells), len(cells))
+        missing = left if wait else []
+        if missing:
+            if progress is not None:
+                progress(f"waiting for another process: {missing[0].name}", 0, 0)
+            time.sleep(_POLL_SECONDS)
+
+
+def _run(cell: StreamCell, progress: Progress | None) -> dict[str, Any]:
+    from nnheads.benchmarks.checkpoint import experiences_done
+    from nnheads.benchmarks.runner import run
+
+    def tell(what: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{cell.name}: {what}", done, total)
+
+    resumable = strategy_spec(cell.variant.strategy).ours
+    found = run(
+        cell.config,
+        None,
+        progress=tell,
+        save_model=False,
+        checkpoint=cell.checkpoint if resumable else None,
+        resume=resumable and experiences_done(cell.checkpoint) > 0,
+    )
+    return {"variant": cell.variant.name, "memory": cell.memory, "asked": cell.asked(), **found}

@@ -1,0 +1,198 @@
+"""What a comparison on a stream consists of: strategies and what is changed about them, memories and seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Final, final
+
+from nnheads.benchmarks.config import RunConfig
+from nnheads.benchmarks.variants import Variant
+from nnheads.errors import CheckpointError, ConfigError
+from nnheads.strategies.registry import strategy_spec
+
+REFERENCE: Final = "avalanche-replay"
+"""The row whose wall time the others are divided by; the first row where it is missing."""
+
+_FREE: Final = frozenset({"data_dir"})
+"""Settings that may differ when a comparison goes on: data move."""
+
+
+@final
+@dataclass(frozen=True)
+class StreamComparison:
+    """Every variant is run with every memory and every seed.
+
+    Attributes:
+        variants: the rows.
+        memory: exemplars that may be kept; None for the stream's own number. Once only for a strategy that keeps none
+            and for a variant with a memory of its own.
+        seeds: of a run.
+        base: everything else; strategy, memory and seed in it count for nothing. Its ``ema`` and ``strategy_options``
+            are for those strategies that know them.
+        rates: learning rates to choose from, for variants without a rate of their own: each is tried with the first
+            memory and the first seed on a share ``base.validation`` of the training images, and the one with the best
+            accuracy there is taken for all runs, which are then tested on the test images. Empty for no such choice.
+    """
+
+    variants: tuple[Variant, ...]
+    memory: tuple[int | None, ...] = (None,)
+    seeds: tuple[int, ...] = (0,)
+    base: RunConfig = field(default_factory=RunConfig)
+    rates: tuple[float, ...] = ()
+
+    def check(self) -> None:
+        """Refuses what cannot work before anything is trained.
+
+        Raises:
+            ConfigError: a name or an option that is not known, or that does not fit.
+        """
+        from nnheads.backbones import build_backbone
+        from nnheads.benchmarks.specs import stream_spec
+        from nnheads.devices import resolve_device
+
+        if not self.variants or not self.memory or not self.seeds:
+            raise ConfigError("a comparison needs at least one strategy, one memory and one seed")
+        if self.rates and self.base.validation is None:
+            raise ConfigError("learning rates are chosen on held-out training images: give --validation, as 0.1")
+        if self.rates and all("learning_rate" in variant.settings for variant in self.variants):
+            raise ConfigError("every strategy has a learning rate of its own: there is none to choose")
+        names = [variant.name for variant in self.variants]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"strategy {name!r} is given twice")
+        stream = stream_spec(self.base.stream)
+        specs = [strategy_spec(variant.strategy) for variant in self.variants]
+        if self.base.ema is not None and not any(spec.ours for spec in specs):
+            raise ConfigError("--ema averages weights of our own strategies, and none of them is among those given")
+        for name in self.base.strategy_options:
+            if not any(name in spec.option_names() for spec in specs):
+                raise ConfigError(f"--strategy-option {name}: none of the strategies given has that option")
+        for variant, spec in zip(self.variants, specs, strict=True):
+            resolved = self.config(variant, self.memory[0], self.seeds[0]).resolve(stream, spec)
+            build_backbone(str(resolved.backbone))
+        resolve_device(self.base.device)
+
+    def config(self, variant: Variant, memory: int | None, seed: int) -> RunConfig:
+        """The settings of one run."""
+        spec = strategy_spec(variant.strategy)
+        known = spec.option_names()
+        base = replace(
+            self.base,
+            memory=memory,
+            seed=seed,
+            ema=self.base.ema if spec.ours else None,
+            head_options=self.base.head_options if spec.ours else {},
+            strategy_options={name: value for name, value in self.base.strategy_options.items() if name in known},
+        )
+        return variant.apply(base)
+
+    def trials(self) -> StreamComparison:
+        """The runs by which learning rates are chosen: one variant for each rate."""
+        free = [variant for variant in self.variants if "learning_rate" not in variant.settings]
+        variants = tuple(variant.with_setting("lr", rate) for variant in free for rate in self.rates)
+        return replace(self, variants=variants, memory=self.memory[:1], seeds=self.seeds[:1], rates=())
+
+    def with_rates(self, chosen: dict[str, float]) -> StreamComparison:
+        """The same, on the test images, with these learning rates by variant."""
+        variants = tuple(
+            replace(v, settings={"learning_rate": chosen[v.name], **v.settings}) if v.name in chosen else v
+            for v in self.variants
+        )
+        return replace(self, variants=variants, base=replace(self.base, validation=None), rates=())
+
+
+@final
+@dataclass(frozen=True)
+class StreamCell:
+    """One run of a comparison.
+
+    Attributes:
+        variant: its row.
+        memory: its memory, None where the strategy keeps nothing or knows better.
+        seed: its seed.
+        config: its settings.
+        folder: where its files are.
+    """
+
+    variant: Variant
+    memory: int | None
+    seed: int
+    config: RunConfig
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The name of its files, which ``--only`` takes."""
+        memory = "" if self.memory is None else f"-m{self.memory}"
+        return f"{self.variant.file_name}{memory}-s{self.seed}"
+
+    @property
+    def results(self) -> Path:
+        """What was measured."""
+        return self.folder / f"{self.name}.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held while it is being made."""
+        return self.folder / f".{self.name}.lock"
+
+    @property
+    def checkpoint(self) -> Path:
+        """How far it is, where it can be resumed."""
+        return self.folder / f".{self.name}.checkpoint"
+
+    def finished(self) -> dict[str, Any] | None:
+        """Its results, None where there are none.
+
+        Raises:
+            CheckpointError: they cannot be read.
+            ConfigError: they were made with other settings.
+        """
+        try:
+            result = json.loads(self.results.read_text(encoding="utf-8"))
+            asked = dict(result["asked"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.results} cannot be read ({error}): remove it and it is made again") from None
+        # a setting that there was not when the results were made had its default
+        usual = RunConfig().to_dict()
+        for name, value in self.asked().items():
+            if name not in _FREE and asked.get(name, usual[name]) != value:
+                made = asked.get(name, usual[name])
+                raise ConfigError(f"{self.results} was made with {name}={made!r}, not {value!r}: give another --out")
+        return dict(result)
+
+    def asked(self) -> dict[str, Any]:
+        """Its settings as JSON has them."""
+        return dict(json.loads(json.dumps(self.config.to_dict())))
+
+
+def stream_cells(plan: StreamComparison, out: Path, only: Sequence[str] = ()) -> list[StreamCell]:
+    """The runs of a comparison, in the order in which they are made: all rows with the first seed first.
+
+    Args:
+        plan: what to compare.
+        out: the folder.
+        only: names of the runs wanted, where ``*`` stands for anything; empty for all.
+
+    Raises:
+        ConfigError: two rows have the same file, or there is no run of a name in ``only``.
+    """
+    cells: dict[str, StreamCell] = {}
+    for seed in plan.seeds:
+        for memory in plan.memory:
+            for variant in plan.variants:
+                fixed = "memory" in variant.settings or not strategy_spec(variant.strategy).uses_memory
+                own = None if fixed else memory
+                cell = StreamCell(variant, own, seed, plan.config(variant, own, seed), out)
+                if cells.setdefault(cell.name, cell).variant != variant:
+                    raise ConfigError(f"{variant.name!r} and {cells[cell.name].variant.name!r} have the same file name")
+    for pattern in only:
+        if not any(fnmatchcase(name, pattern) for name in cells):
+            raise ConfigError(f"--only {pattern}: there is no such run; there are {', '.join(cells)}")
+    return [c for name, c in cells.items() if not only or any(fnmatchcase(name, pattern) for pattern in only)]

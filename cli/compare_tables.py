@@ -1,0 +1,121 @@
+"""The tables of ``nnheads compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nnheads.cli import screen
+
+Formats = Mapping[str, tuple[str, screen.Format]]
+
+# A measure's heading, where a "|" marks where it may break, and its form.
+_DATASET: Formats = {
+    "accuracy": ("accuracy|%", screen.percent),
+    "log_loss": ("log-loss", screen.number),
+    "ece": ("ECE|%", screen.percent),
+    "parameters": ("para-|meters", screen.count),
+    "memory_bytes": ("memory", screen.size),
+    "train_seconds": ("train|s", screen.tenths),
+    "ms_per_sample": ("ms a|sample", screen.number),
+    "agreement": ("agrees with|dense %", screen.percent),
+}
+_STREAM: Formats = {
+    "accuracy": ("accuracy|%", screen.percent),
+    "forgetting": ("forgetting|%", screen.percent),
+    "anytime_accuracy": ("anytime|%", screen.percent),
+    "gradient_samples": ("gradient|samples", screen.count),
+    "memory_bytes": ("memory", screen.size),
+    "seconds": ("train + eval|s", screen.tenths),
+    "time_ratio": ("time|ratio", screen.number),
+}
+
+
+def show_heads(summary: dict[str, Any]) -> None:
+    """Heads on a data set."""
+    settings = summary["settings"]
+    epochs = settings["epochs"]
+    facts = [f"backbone {settings['backbone']}", f"{epochs} epoch{'s' * (epochs > 1)}", _seeds(summary)]
+    screen.line(f"{summary['dataset']}: {', '.join(facts)}")
+    screen.table("", *_fitting("head", [(row["head"], row) for row in summary["rows"]], _DATASET), text=_TEXT)
+    _explain_spread(summary)
+
+
+def show_strategies(summary: dict[str, Any]) -> None:
+    """Strategies on a stream: one table for each memory."""
+    settings = summary["settings"]
+    facts = [
+        f"backbone {settings['backbone']}" if settings["backbone"] else "",
+        f"scenario {settings['scenario']}" if settings["scenario"] != "class" else "",
+        _seeds(summary),
+    ]
+    screen.line(f"{summary['stream']}: {', '.join(fact for fact in facts if fact)}")
+    if settings["validation"]:
+        screen.line(f"on {screen.percent(settings['validation'], 0)} % of the training images, held out")
+    rows: list[dict[str, Any]] = summary["rows"]
+    memories = list(dict.fromkeys(row["memory"] for row in rows if row["memory"] is not None)) or [None]
+    for memory in memories:
+        # what keeps no exemplars stands beside each
+        shown = [(_name(row, summary), row) for row in rows if row["memory"] in (memory, None)]
+        title = "" if memory is None else f"memory {memory}"
+        screen.table(title, *_fitting("strategy", shown, _STREAM), text=_TEXT)
+    for name, rate in summary["learning_rates"].items():
+        screen.line(f"learning rate of {name}, chosen on held-out training images: {rate:g}")
+    _explain_spread(summary)
+    screen.line(f"time ratio: training and evaluation over those of {summary['reference']}")
+    if summary["finished"] < summary["runs"]:
+        screen.line(f"{summary['finished']} of {summary['runs']} runs are finished: --resume makes the others")
+
+
+_TEXT = ("head", "strategy", "measure")
+
+
+def _name(row: dict[str, Any], summary: dict[str, Any]) -> str:
+    done, wanted = len(row["seeds"]), len(summary["seeds"])
+    return row["name"] if done == wanted else f"{row['name']} ({done} of {wanted} seeds)"
+
+
+def _seeds(summary: dict[str, Any]) -> str:
+    seeds = summary["seeds"]
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def _explain_spread(summary: dict[str, Any]) -> None:
+    if len(summary["seeds"]) > 1:
+        screen.line(f"± is the sample standard deviation over {len(summary['seeds'])} seeds")
+
+
+def _fitting(
+    what: str, rows: Sequence[tuple[str, dict[str, Any]]], formats: Formats
+) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells in the first arrangement that the screen has room for."""
+    room = screen.out().width
+    for wide in (True, False):
+        columns = [what, *(_heading(text, wide) for text, _ in formats.values())]
+        cells = [
+            [name, *(_cell(row[measure], form, wide) for measure, (_, form) in formats.items())] for name, row in rows
+        ]
+        if screen.width(columns, cells) <= room:
+            return columns, cells
+    # a narrow screen or long names: a column for each row
+    names = ["measure", *(name for name, _ in rows)]
+    turned = [
+        [_heading(text, True), *(_cell(row[measure], form, True) for _, row in rows)]
+        for measure, (text, form) in formats.items()
+    ]
+    return names, turned
+
+
+def _heading(text: str, wide: bool) -> str:
+    return text.replace("-|", "").replace("|", " ") if wide else text.replace("|", "\n")
+
+
+def _cell(value: dict[str, float | None] | None, form: screen.Format, wide: bool) -> str:
+    if value is None:
+        return screen.DASH
+    text = form(value["mean"])
+    if value["spread"] is None:
+        return text
+    spread = form(value["spread"])
+    # What is the same whatever the seed, as the number of parameters, needs no spread.
+    return text if not value["spread"] else f"{text}{' ' if wide else chr(10)}±{spread}"
