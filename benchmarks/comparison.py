@@ -52,6 +52,7 @@ RECIPES: dict[str, Recipe] = {
     "fmnist": Recipe("convnet", 10, 128, 0.003, "crop-flip"),
     "cifar10": Recipe("resnet9", 10, 128, 0.003, "crop-flip"),
     "cifar100": Recipe("resnet9", 15, 256, 0.003, "crop-flip"),
+    "core50": Recipe("resnet9", 5, 128, 0.003, "crop-flip"),
     "cifar110": Recipe("resnet9", 15, 256, 0.003, "crop-flip"),
 }
 FOLDER_RECIPE = Recipe("resnet9", 30, 64, 0.003, "crop-flip")

@@ -16,6 +16,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
+from nnheads.benchmarks.core50 import find_core50, load_core50
 from nnheads.benchmarks.folders import (
     Progress,
     cache_root,
@@ -89,6 +90,7 @@ DATASETS: dict[str, DatasetFacts] = {
         _facts("cifar10", "CIFAR10", "cifar-10-batches-py", 10, 32, *_CIFAR10),
         _facts("cifar100", "CIFAR100", "cifar-100-python", 100, 32, *_CIFAR100),
         # CIFAR-10's classes are 0..9, CIFAR-100's 10..109
+        _facts("core50", "CORe50", "", 50, 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         _facts("cifar110", "CIFAR10 and CIFAR100", "", 110, 32, *_CIFAR10),
     )
 }
@@ -151,6 +153,9 @@ def load_images(
     facts = _known(name)
     if name == "digits":
         images = _digits(train)
+    elif name == "core50":
+        root = find_core50(data_dir, cache_root())
+        images = load_core50(root, facts.preprocessing, train=train, progress=progress)
     elif name == "cifar110":
         first, second = (
             load_images(part, data_dir, train=train, progress=progress) for part in ("cifar10", "cifar100")

@@ -45,7 +45,7 @@ def class_folders(folder: Path) -> list[Path]:
 
 def has_class_folders(folder: Path) -> bool:
     """Whether some sub-folder of ``folder`` holds an image."""
-    return folder.is_dir() and any(_images_in(child) for child in class_folders(folder))
+    return folder.is_dir() and any(images_in(child) for child in class_folders(folder))
 
 
 def list_classes(folder: Path, *, at_least: int = 2) -> dict[str, list[str]]:
@@ -57,7 +57,7 @@ def list_classes(folder: Path, *, at_least: int = 2) -> dict[str, list[str]]:
     """
     if not folder.is_dir():
         raise DataError(f"no such folder: {folder}")
-    classes = {child.name: _images_in(child) for child in class_folders(folder)}
+    classes = {child.name: images_in(child) for child in class_folders(folder)}
     if not classes:
         raise DataError(f"no class folders in {folder}: it needs one sub-folder of images for each class")
     for name, files in classes.items():
@@ -102,6 +102,26 @@ def from_folder(
         raise DataError(f"{folder} has classes that are not known: {_some(unknown)}; known: {_some(list(names))}")
     files = [file for members in classes.values() for file in members]
     labels = torch.tensor([names.index(name) for name, members in classes.items() for _ in members])
+    return ImageSet(cached_images(files, folder, preprocessing, progress), labels, class_names=names)
+
+
+def cached_images(
+    files: list[str], folder: Path, preprocessing: Preprocessing | None, progress: Progress | None = None
+) -> Tensor:
+    """Decodes images, or takes them from the cache where none of the files has changed.
+
+    Args:
+        files: the images.
+        folder: what they are a part of: names them in the cache, with size and channels.
+        preprocessing: gives size and channels; None for the images' own, see `from_folder`.
+        progress: called while decoding.
+
+    Returns:
+        (N, C, H, W) uint8.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
     form = "natural"
     if preprocessing is not None:
         form = f"{preprocessing.size[0]}x{preprocessing.size[1]}x{preprocessing.channels}"
@@ -112,7 +132,7 @@ def from_folder(
     if images is None:
         images = _decode(files, preprocessing or _natural(files, folder, progress), folder, progress)
         _write_cache(cached, fingerprint, folder, images)
-    return ImageSet(images, labels, class_names=names)
+    return images
 
 
 def check_same_classes(train: Path, test: Path) -> None:
@@ -129,7 +149,8 @@ def check_same_classes(train: Path, test: Path) -> None:
         raise DataError(f"train and test have different classes ({'; '.join(parts)}): both need the same folders")
 
 
-def _images_in(folder: Path) -> list[str]:
+def images_in(folder: Path) -> list[str]:
+    """The image files of one folder, in alphabetical order."""
     # names as text: making a Path of each of 50,000 files costs more than reading the decoded cache
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     return [os.path.join(folder, name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]

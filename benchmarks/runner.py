@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from nnheads.benchmarks.checkpoint import RunState, check_new, load_checkpoint, save_checkpoint
 from nnheads.benchmarks.config import RunConfig
@@ -18,15 +18,17 @@ from nnheads.benchmarks.measures import (
     forward_transfer,
     seen_accuracy,
 )
-from nnheads.benchmarks.quiet import import_avalanche, quiet_avalanche
+from nnheads.benchmarks.quiet import quiet_avalanche
 from nnheads.benchmarks.results import MODEL, RESULTS, check_out, device_name, versions, write_json
+from nnheads.benchmarks.run_setup import build_learner, load_stream
+from nnheads.benchmarks.tensorboard import RunLog, check_tensorboard
 from nnheads.errors import ConfigError
-from nnheads.strategies.registry import StrategySpec, list_strategies, strategy_spec
+from nnheads.strategies.registry import list_strategies, strategy_spec
 
 if TYPE_CHECKING:
     import torch
 
-    from nnheads.benchmarks.streams import Scenario, Stream
+    from nnheads.benchmarks.streams import Stream
     from nnheads.strategies.learner import Learner
 
 Progress = Callable[[str, int, int], None]
@@ -47,6 +49,7 @@ def run(
     save_model: bool = True,
     checkpoint: str | Path | None = None,
     resume: bool = False,
+    tensorboard: str | Path | None = None,
 ) -> dict[str, Any]:
     """Train on a stream, experience after experience, and evaluate after each on the test samples of all seen so far.
 
@@ -58,6 +61,7 @@ def run(
         save_model: whether the model is saved beside the results.
         checkpoint: folder that gets the state of the run after every experience; None for none.
         resume: go on from that state; on a CPU the accuracies are those of an uninterrupted run.
+        tensorboard: folder for a log of the accuracies after every experience; None for none.
 
     Returns:
         The content of ``results.json``. Accuracies are in 0..1: ``accuracy`` over all test samples of the classes seen,
@@ -79,21 +83,27 @@ def run(
         raise ConfigError(f"strategy {spec.name!r} cannot be resumed and takes no checkpoint; these can: {able}")
     if checkpoint is not None and not resume:
         check_new(Path(checkpoint))
+    if tensorboard is not None:
+        check_tensorboard()
     tell = progress or _nobody
-    stream, config = _load(config, spec, tell)
+    stream, config = load_stream(config, spec, tell)
     from nnheads.devices import resolve_device
 
     device = resolve_device(config.device)
     steps = _Steps(tell)
     tell("loading Avalanche", 0, 0)
     state = load_checkpoint(Path(checkpoint), config) if checkpoint is not None and resume else RunState()
-    learner = _build(config, spec, stream, device, steps.step)
+    learner = build_learner(config, spec, stream, device, steps.step)
     untrained = evaluate_row(learner, stream, -1, device, future=True) if config.future else None
     if state.matrix:
         learner.load_state(state.tensors, state.values)
     before = state.seconds
     matrix, train_seconds, eval_seconds = state.matrix, state.train_seconds, state.eval_seconds
     counts = [len(stream.test_indices(e)) for e in range(len(stream))]
+    log = RunLog(Path(tensorboard), tasks=config.scenario == "task") if tensorboard is not None else None
+    if log is not None:  # what an interrupted run had learned may be in a log elsewhere
+        for e in range(len(matrix)):
+            log.experience(matrix, counts, e, {})
     for e in range(len(matrix), len(stream)):
         total = len(stream.train_indices(e)) * (config.epochs or 1)
         what = f"experience {e + 1} of {len(stream)}"
@@ -107,10 +117,14 @@ def run(
         matrix.append(evaluate_row(learner, stream, e, device, future=config.future))
         eval_seconds.append(time.perf_counter() - moment)
         tell(f"{what} learned, accuracy {100 * seen_accuracy(matrix, counts):.1f} %", total, total)
+        if log is not None:
+            log.experience(matrix, counts, e, _sizes(learner, train_seconds[-1]))
         if checkpoint is not None:
             state.seconds = before + time.perf_counter() - started
             state.tensors, state.values = learner.state()
             save_checkpoint(Path(checkpoint), config, state)
+    if log is not None:
+        log.close()
     parts = learner.memory_parts()
     results = {
         "stream": config.stream,
@@ -189,76 +203,15 @@ def _accuracy(learner: Learner, stream: Stream, experience: int, device: torch.d
     return accuracy_row([int(right)], [len(data)])[0]
 
 
-def _load(config: RunConfig, spec: StrategySpec, tell: Progress) -> tuple[Stream, RunConfig]:
-    """The stream and the settings as resolved, checked against each other."""
-    from nnheads.benchmarks.specs import stream_spec
-    from nnheads.benchmarks.streams import make_stream
-
-    resolved = config.resolve(stream_spec(config.stream), spec)
-    if spec.ours:
-        from nnheads.heads import head_class
-
-        head_class(str(resolved.head))  # an unknown name is told before the data are loaded
-    stream = make_stream(
-        config.stream,
-        data_dir=config.data_dir,
-        seed=config.seed,
-        scenario=cast("Scenario", config.scenario),
-        progress=tell,
-    )
-    if config.validation is not None:
-        stream = stream.holdout(config.validation, config.seed)
-    # what a folder of images needs is known only now
-    resolved = config.resolve(stream.spec, spec)
-    if spec.uses_memory and resolved.memory is not None and resolved.memory < stream.num_classes:
-        raise ConfigError(
-            f"memory of {resolved.memory} exemplars is smaller than the {stream.num_classes} classes of "
-            f"{config.stream}: give at least one exemplar a class"
-        )
-    return stream, resolved
-
-
-def _build(
-    config: RunConfig, spec: StrategySpec, stream: Stream, device: torch.device, on_step: Callable[[int], None]
-) -> Learner:
-    """The strategy at work, everything seeded."""
-    import random
-
-    import numpy as np
-    import torch
-
-    from nnheads.backbones import build_backbone
-    from nnheads.strategies.learner import Setup
-
-    import_avalanche()
-    random.seed(config.seed)
-    np.random.seed(config.seed % 2**32)  # noqa: NPY002  # Avalanche's own strategies draw from it
-    torch.manual_seed(config.seed)
-    backbone = build_backbone(
-        str(config.backbone), num_classes=stream.num_classes, in_channels=stream.preprocessing.channels
-    )
-    setup = Setup(
-        backbone=backbone,
-        head=str(config.head),
-        head_options=config.head_options,
-        benchmark=stream.avalanche_benchmark(transformed=True, ids=False) if not spec.ours else stream.benchmark,
-        preprocessing=stream.preprocessing,
-        class_names=stream.class_names,
-        augment=stream.spec.augment,
-        epochs=config.epochs or 1,
-        batch_size=config.batch_size or 1,
-        replay_batch=config.replay_batch or 0,
-        memory=config.memory or 1,
-        learning_rate=config.learning_rate or 0.1,
-        seed=config.seed,
-        device=device,
-        precision=config.precision,
-        ema=config.ema,
-        strategy_options=config.strategy_options,
-        on_step=on_step,
-    )
-    with quiet_avalanche():
-        return spec.build(setup)
+def _sizes(learner: Learner, seconds: float) -> dict[str, float]:
+    """What is logged beside accuracies."""
+    held = {f"Memory/{name}_bytes": float(held) for name, held in learner.memory_parts().items()}
+    return {
+        **held,
+        "Memory/exemplars": learner.exemplars,
+        "Training/gradient_samples": learner.gradient_samples,
+        "Training/seconds": seconds,
+    }
 
 
 def _named(event: dict[str, Any], class_names: Sequence[str]) -> dict[str, Any]:

@@ -29,7 +29,8 @@ class StreamSpec:
         kind: ``classes``: every experience brings classes of its own; ``instances``: every experience has all
             classes.
         classes: only the data set's first so many classes are used; 0 for all.
-        first_classes: so many classes, the first ones, make the first experience; 0 for an equal share.
+        first_classes: so many classes make the first experience; 0 for an equal share.
+        first_fixed: whether these are the data set's own first ones, whatever the seed.
         head_options: options of heads that have them, by name. The small network for digits learns from the vote alone,
             and forgets less that way; larger ones learn too slowly by it, and follow their samples better with tied
             centers than with loose ones.
@@ -48,6 +49,7 @@ class StreamSpec:
     kind: Literal["classes", "instances"] = "classes"
     classes: int = 0
     first_classes: int = 0
+    first_fixed: bool = False
     head_options: tuple[tuple[str, Any], ...] = (("auxiliary", 0.95), ("centers", "tied"))
 
 
@@ -64,6 +66,7 @@ def _spec(
     learning_rate: float = 0.1,
     classes: int = 0,
     first_classes: int = 0,
+    first_fixed: bool = False,
     head_options: tuple[tuple[str, Any], ...] = (("auxiliary", 0.95), ("centers", "tied")),
 ) -> StreamSpec:
     return StreamSpec(
@@ -79,6 +82,7 @@ def _spec(
         description,
         classes=classes,
         first_classes=first_classes,
+        first_fixed=first_fixed,
         head_options=head_options,
     )
 
@@ -126,6 +130,7 @@ _SPECS = (
         "CIFAR-10, then five experiences of ten CIFAR-100 classes (Zenke et al. 2017)",
         classes=60,
         first_classes=10,
+        first_fixed=True,
     ),
     _spec(
         "split-cifar110-11x10",
@@ -134,6 +139,15 @@ _SPECS = (
         2000,
         "CIFAR-10, then all of CIFAR-100, ten classes at a time",
         classes=110,
+        first_classes=10,
+        first_fixed=True,
+    ),
+    _spec(
+        "core50",
+        "core50",
+        9,
+        2000,
+        "CORe50, New Classes: ten of 50 objects, then five at a time (Lomonaco and Maltoni 2017)",
         first_classes=10,
     ),
 )

@@ -195,13 +195,13 @@ def make_stream(
         backbone = spec.backbone if min(data.preprocessing.size) >= 32 else "convnet"
         spec = replace(spec, experiences=experiences, backbone=backbone)
     rng = np.random.default_rng(seed)
-    first = spec.first_classes
-    order = [*rng.permutation(first).tolist(), *(first + rng.permutation(count - first)).tolist()]
+    fixed = spec.first_classes if spec.first_fixed else 0
+    order = [*rng.permutation(fixed).tolist(), *(fixed + rng.permutation(count - fixed)).tolist()]
     if spec.kind == "instances":
         groups = [tuple(order)] * spec.experiences
         parts = _drifting_parts(data.train.labels, spec.experiences, rng)
     else:
-        groups = _deal(order, spec.experiences, first)
+        groups = _deal(order, spec.experiences, spec.first_classes)
         labels = data.train.labels
         parts = tuple(torch.isin(labels, torch.tensor(group)).nonzero().flatten() for group in groups)
     return Stream(spec, seed, scenario, data.train, data.test, data.preprocessing, order, groups, parts)

@@ -75,6 +75,7 @@ def compare(
         list[str] | None,
         typer.Option("--only", metavar="RUN", help="Make these runs alone, as 'replay-*-s0'; may be given again."),
     ] = None,
+    plots: options.Plots = True,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -174,6 +175,10 @@ def compare(
 
         with results_folder(out, STEM) as folder:
             summary = work(folder)
+            if plots and stream is not None:
+                from nnheads.benchmarks.plots import plot_comparison
+
+                plot_comparison(summary, folder)
     if as_json:
         screen.print_json({**summary, "path": str(folder)})
     elif not quiet and stream is None:

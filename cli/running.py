@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nnheads.benchmarks.plots import MATRIX
 from nnheads.benchmarks.results import MODEL, RESULTS
 from nnheads.cli import options, screen
 from nnheads.cli.folders import results_folder, safe_stem
@@ -50,6 +51,10 @@ def run(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --checkpoint.")] = False,
     threads: options.Threads = None,
+    plots: options.Plots = True,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log accuracies for TensorBoard in the folder of the results.")
+    ] = False,
     device: options.Device = "auto",
     out: Annotated[
         Path | None,
@@ -93,7 +98,11 @@ def run(
         )
         stem = safe_stem(f"{stream}-{strategy_spec(strategy).resolve_head(head)}")
         with results_folder(out, stem, resume=resume) as folder:
-            results = _run(config, folder, quiet, checkpoint, resume)
+            results = _run(config, folder, quiet, checkpoint, resume, tensorboard)
+            if plots:
+                from nnheads.benchmarks.plots import plot_run
+
+                plot_run(results, folder)
     if as_json:
         screen.print_json({**results, "path": str(folder)})
         return
@@ -107,11 +116,14 @@ def run(
 
 
 def _run(
-    config: RunConfig, folder: Path, quiet: bool, checkpoint: Path | None = None, resume: bool = False
+    config: RunConfig, folder: Path, quiet: bool, checkpoint: Path | None, resume: bool, tensorboard: bool
 ) -> dict[str, Any]:
     from nnheads.benchmarks.checkpoint import experiences_done
     from nnheads.benchmarks.runner import run
+    from nnheads.benchmarks.tensorboard import TENSORBOARD
     from nnheads.cli.progress import Bar
+
+    log = folder / TENSORBOARD if tensorboard else None
 
     def kept() -> str:
         if checkpoint is not None and (done := experiences_done(checkpoint)):
@@ -123,7 +135,7 @@ def _run(
     with screen.interruptible(kept), Bar(shown=not quiet) as bar:
         if checkpoint is not None:
             bar.line(f"checkpoint after every experience in {checkpoint}; if this run is killed, add --resume to go on")
-        return run(config, folder, progress=bar, checkpoint=checkpoint, resume=resume)
+        return run(config, folder, progress=bar, checkpoint=checkpoint, resume=resume, tensorboard=log)
 
 
 def _show(results: dict[str, Any], folder: Path) -> None:
@@ -145,6 +157,8 @@ def _show(results: dict[str, Any], folder: Path) -> None:
         ("memory", f"{screen.size(results['memory_bytes'])} ({results['exemplars']} exemplars)"),
         ("results", str(folder / RESULTS)),
     ]
+    if (folder / MATRIX).is_file():
+        facts.append(("figure", str(folder / MATRIX)))
     if (folder / MODEL).is_dir():
         facts.append(("model", str(folder / MODEL)))
     for name, value in facts:

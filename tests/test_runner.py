@@ -144,9 +144,53 @@ def test_knowing_the_task_helps(strategy: str, head: str | None) -> None:
 
 @pytest.mark.usefixtures("short")
 def test_future_experiences_on_request() -> None:
-    matrix = run(replace(QUICK, epochs=1, future=True))["accuracy_matrix"]
+    found = run(replace(QUICK, epochs=1, future=True))
+    matrix, untrained = found["accuracy_matrix"], found["untrained_accuracy"]
     assert all(value is not None for row in matrix for value in row)
     assert matrix[0][2] == 0.0  # classes without a single exemplar are never the answer
+    assert found["forward_transfer"] == pytest.approx(-(untrained[1] + untrained[2]) / 2)
+    assert run(replace(QUICK, epochs=1))["forward_transfer"] is None
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("strategy", ["naive", "icarl", "scr", "slda"])
+def test_the_untrained_model_can_be_evaluated(strategy: str) -> None:
+    found = run(replace(QUICK, epochs=1, future=True, strategy=strategy))
+    assert len(found["untrained_accuracy"]) == 3
+    assert math.isfinite(found["forward_transfer"])
+    assert found["gradient_samples"] == run(replace(QUICK, epochs=1, strategy=strategy))["gradient_samples"]
+
+
+@pytest.mark.usefixtures("short")
+def test_on_held_out_training_images() -> None:
+    found = run(replace(QUICK, epochs=1, validation=0.25))
+    assert found["test_counts"] == [20, 20, 20]  # a quarter of 40 images of each class
+    assert found["gradient_samples"] < run(replace(QUICK, epochs=1))["gradient_samples"]
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("strategy", ["replay", "er-ace"])
+def test_tensorboard_has_the_accuracies_after_each_experience(tmp_path: Path, strategy: str) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = run(replace(QUICK, epochs=1, strategy=strategy), tensorboard=tmp_path)
+    log = EventAccumulator(str(tmp_path))
+    log.Reload()
+    for e in range(3):
+        events = log.Scalars(f"Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp{e:03d}")
+        assert [event.step for event in events] == list(range(e + 1, 4))
+        assert [event.value for event in events] == pytest.approx([row[e] for row in found["accuracy_matrix"][e:]])
+    last = log.Scalars("Top1_Acc_Stream/eval_phase/test_stream/Task000")[-1]
+    assert (last.step, last.value) == (3, pytest.approx(found["accuracy"]))
+    assert log.Scalars("Memory/exemplars")[-1].value == found["exemplars"]
+
+
+def test_tensorboard_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--tensorboard needs the package tensorboard: pip install tensorboard"):
+        run(QUICK, tensorboard=tmp_path)
 
 
 def test_one_experience(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +238,8 @@ def test_progress_is_told() -> None:
         ({"memory": -1}, "memory must be a whole number"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"ema": 1.0}, "ema must be between 0 and 1"),
+        ({"ema": "high"}, "ema must be between 0 and 1, not 'high'"),
+        ({"validation": 1}, "validation must be between 0 and 1"),
         ({"scenario": "domain"}, "scenario must be class or task, not 'domain'"),
     ],
 )
@@ -208,6 +254,10 @@ def test_settings_that_cannot_work(options: dict[str, Any], message: str) -> Non
         ({"memory": 9}, "memory of 9 exemplars is smaller than the 10 classes"),
         ({"strategy": "icarl", "head": "impostor"}, "brings its own classifier"),
         ({"strategy": "naive", "ema": 0.9}, "strategy 'naive' does not know ema"),
+        ({"strategy": "naive", "strategy_options": {"n_a": 1}}, "'naive' has no options of its own, got n_a"),
+        ({"strategy": "impostor", "strategy_options": {"n_b": 1}}, "unknown option of strategy 'impostor' 'n_b'"),
+        ({"strategy": "impostor", "memory": 9}, "memory of 9 exemplars is smaller than the 10 classes"),
+        ({"validation": 0.99}, "experience 0 has no training images"),
         ({"strategy": "naive", "head_options": {"k": 3}}, "takes no head options, got k"),
         ({"strategy": "avalanche-replay", "replay_batch": 0}, "replay_batch must be 1 or more"),
         ({"strategy": "icarl", "stream": "new-instances:split-digits"}, "needs experiences with classes of their own"),
@@ -236,8 +286,8 @@ class Killed(Exception):
 @pytest.mark.parametrize("after", [1, 2, 3])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"head": "nngk", "ema": 0.9}, {"head": "kernel"}, {"head": "dense"}],
-    ids=["impostor", "nngk-ema", "kernel", "dense"],
+    [{}, {"head": "nngk", "ema": 0.9}, {"head": "kernel"}, {"head": "dense"}, {"strategy": "impostor"}],
+    ids=["impostor", "nngk-ema", "kernel", "dense", "impostor-strategy"],
 )
 def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, options: dict[str, Any], after: int) -> None:
     config = replace(QUICK, epochs=1, **options)

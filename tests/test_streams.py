@@ -149,6 +149,66 @@ class TestCifar110:
         assert torch.equal(red, torch.where(stream.train.labels < 10, stream.train.labels, stream.train.labels - 10))
         longer = make_stream("split-cifar110-11x10", data_dir=tmp_path)
         assert [len(classes) for classes in longer.experiences] == [10] * 11
+        tasks = make_stream("split-cifar110", data_dir=tmp_path, seed=5, scenario="task")
+        assert tasks.experiences == stream.experiences
+        assert tasks.class_mask(0).nonzero().flatten().tolist() == list(range(10))
+        assert [e.task_label for e in tasks.benchmark.test_stream] == list(range(6))
+
+    @pytest.mark.parametrize(("name", "experiences"), [("split-cifar100", 10), ("split-cifar100-20x5", 20)])
+    def test_cifar100(self, tmp_path: Path, name: str, experiences: int) -> None:
+        for half in ("train", "test"):
+            make_folder(tmp_path / half, 100, 2, 32)
+        stream = make_stream(name, data_dir=tmp_path, seed=1)
+        assert [len(classes) for classes in stream.experiences] == [100 // experiences] * experiences
+        assert sorted(c for classes in stream.experiences for c in classes) == list(range(100))
+        assert stream.experiences[0] != tuple(range(100 // experiences))
+
+
+class TestCore50:
+    @staticmethod
+    def lay_out(root: Path, sessions: range = range(1, 12), objects: range = range(1, 51)) -> Path:
+        for session in sessions:
+            for number in objects:
+                folder = root / f"s{session}" / f"o{number}"
+                folder.mkdir(parents=True)
+                Image.new("RGB", (32, 32), (number, session, 0)).save(folder / f"C_{session:02}_{number:02}_000.png")
+        return root
+
+    def test_ten_classes_then_five_at_a_time(self, tmp_path: Path) -> None:
+        self.lay_out(tmp_path / "core50" / "core50_32x32")
+        stream = make_stream("core50", data_dir=tmp_path, seed=1)
+        assert [len(classes) for classes in stream.experiences] == [10] + [5] * 8
+        assert sorted(c for classes in stream.experiences for c in classes) == list(range(50))
+        assert sorted(stream.experiences[0]) != list(range(10))
+        assert stream.experiences == make_stream("core50", data_dir=tmp_path / "core50", seed=1).experiences
+        # red is the object's number, green the session's: labels follow the objects, and the test sessions are apart
+        for half, sessions in ((stream.train, {1, 2, 4, 5, 6, 8, 9, 11}), (stream.test, {3, 7, 10})):
+            assert torch.equal(half.images[:, 0, 0, 0].long(), half.labels + 1)
+            assert set(half.images[:, 1, 0, 0].tolist()) == sessions
+        assert stream.class_names[:6] == (
+            "plug_adapter1", "plug_adapter2", "plug_adapter3", "plug_adapter4", "plug_adapter5", "mobile_phone1"
+        )  # fmt: skip
+        assert len(make_stream("new-instances:core50", data_dir=tmp_path)) == 5
+
+    def test_the_large_images_serve_too(self, tmp_path: Path) -> None:
+        root = self.lay_out(tmp_path / "core50_128x128", range(1, 4))
+        assert make_stream("core50", data_dir=root).train.images.shape == (100, 3, 32, 32)
+
+    def test_what_is_missing_is_said(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("NNHEADS_DATA", raising=False)
+        with pytest.raises(DataError, match=r"put core50_32x32/ .* into .*--data-dir; .*https://"):
+            make_stream("core50")
+        with pytest.raises(DataError, match=r"no CORe50 here: put core50_32x32/ \(or core50_128x128/\) with s1/o1"):
+            make_stream("core50", data_dir=tmp_path)
+        with pytest.raises(DataError, match="no such folder"):
+            make_stream("core50", data_dir=tmp_path / "nowhere")
+        root = self.lay_out(tmp_path / "core50_32x32", range(1, 3), range(1, 50))
+        with pytest.raises(DataError, match=r"no images of object o50 in .*core50_32x32 \(s1, s2\)"):
+            make_stream("core50", data_dir=root)
+        (root / "s1" / "o50").mkdir()
+        Image.new("RGB", (32, 32)).save(root / "s1" / "o50" / "a.png")
+        with pytest.raises(DataError, match=r"no test session in .*it should hold s3, s7 and s10"):
+            make_stream("core50", data_dir=root)
 
 
 class TestNewInstances:

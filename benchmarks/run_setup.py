@@ -1,0 +1,87 @@
+"""What a run needs before it starts: the stream, the settings checked against it, and the strategy at work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from nnheads.benchmarks.config import RunConfig
+from nnheads.benchmarks.quiet import import_avalanche, quiet_avalanche
+from nnheads.errors import ConfigError
+from nnheads.strategies.registry import StrategySpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from nnheads.benchmarks.streams import Scenario, Stream
+    from nnheads.strategies.learner import Learner
+
+
+def load_stream(
+    config: RunConfig, spec: StrategySpec, tell: Callable[[str, int, int], None]
+) -> tuple[Stream, RunConfig]:
+    """The stream and the settings as resolved, checked against each other."""
+    from nnheads.benchmarks.specs import stream_spec
+    from nnheads.benchmarks.streams import make_stream
+
+    config.resolve(stream_spec(config.stream), spec)  # mistakes are told before the data are loaded
+    stream = make_stream(
+        config.stream,
+        data_dir=config.data_dir,
+        seed=config.seed,
+        scenario=cast("Scenario", config.scenario),
+        progress=tell,
+    )
+    if config.validation is not None:
+        stream = stream.holdout(config.validation, config.seed)
+    # what a folder of images needs is known only now
+    resolved = config.resolve(stream.spec, spec)
+    if spec.uses_memory and resolved.memory is not None and resolved.memory < stream.num_classes:
+        raise ConfigError(
+            f"memory of {resolved.memory} exemplars is smaller than the {stream.num_classes} classes of "
+            f"{config.stream}: give at least one exemplar a class"
+        )
+    return stream, resolved
+
+
+def build_learner(
+    config: RunConfig, spec: StrategySpec, stream: Stream, device: torch.device, on_step: Callable[[int], None]
+) -> Learner:
+    """The strategy at work, everything seeded."""
+    import random
+
+    import numpy as np
+    import torch
+
+    from nnheads.backbones import build_backbone
+    from nnheads.strategies.learner import Setup
+
+    import_avalanche()
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)  # noqa: NPY002  # Avalanche's own strategies draw from it
+    torch.manual_seed(config.seed)
+    backbone = build_backbone(
+        str(config.backbone), num_classes=stream.num_classes, in_channels=stream.preprocessing.channels
+    )
+    setup = Setup(
+        backbone=backbone,
+        head=str(config.head),
+        head_options=config.head_options,
+        benchmark=stream.avalanche_benchmark(transformed=True, ids=False) if not spec.ours else stream.benchmark,
+        preprocessing=stream.preprocessing,
+        class_names=stream.class_names,
+        augment=stream.spec.augment,
+        epochs=config.epochs or 1,
+        batch_size=config.batch_size or 1,
+        replay_batch=config.replay_batch or 0,
+        memory=config.memory or 1,
+        learning_rate=config.learning_rate or 0.1,
+        seed=config.seed,
+        device=device,
+        precision=config.precision,
+        ema=config.ema,
+        strategy_options=config.strategy_options,
+        on_step=on_step,
+    )
+    with quiet_avalanche():
+        return spec.build(setup)

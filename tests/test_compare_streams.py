@@ -1,0 +1,322 @@
+"""Strategies side by side on a stream: variants, runs that are kept, locks, learning rates, means."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nnheads.benchmarks.runner
+from nnheads.benchmarks.compare_streams import MEASURES, compare_streams, summarize_streams
+from nnheads.benchmarks.config import RunConfig
+from nnheads.benchmarks.locks import exclusive
+from nnheads.benchmarks.stream_comparison import StreamComparison, stream_cells
+from nnheads.benchmarks.variants import Variant, variants
+from nnheads.errors import CheckpointError, ConfigError, UnknownNameError
+
+BASE = RunConfig(stream="split-digits", device="cpu")
+
+
+def plan(*strategies: str, **given: Any) -> StreamComparison:
+    return StreamComparison(variants=variants(strategies), base=BASE, **given)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """Runs take no time; a better rate and a higher seed give a better accuracy."""
+    configs: list[RunConfig] = []
+
+    def fake(config: RunConfig, out: None, **options: Any) -> dict[str, Any]:
+        configs.append(config)
+        best = {"replay": 0.1, "naive": 0.3}.get(config.strategy, 0.03)
+        accuracy = 0.5 + 0.1 * config.seed - abs((config.learning_rate or best) - best)
+        slow = 2.0 if config.strategy == "avalanche-replay" else 1.0
+        return {
+            "strategy": config.strategy,
+            "head": config.head or "impostor",
+            "seed": config.seed,
+            "accuracy": accuracy,
+            "forgetting": 0.1,
+            "anytime_accuracy": 0.6,
+            "accuracy_matrix": [[1.0, None], [0.5, accuracy]],
+            "test_counts": [10, 30],
+            "gradient_samples": 100,
+            "memory_bytes": 800,
+            "train_seconds": 3.0 * slow,
+            "eval_seconds": 1.0 * slow,
+        }
+
+    monkeypatch.setattr(nnheads.benchmarks.runner, "run", fake)
+    return configs
+
+
+# ---- variants ----------------------------------------------------------------------------------------------------
+
+
+def test_settings_go_where_they_belong() -> None:
+    variant = Variant.read("impostor+ema=0.99+n_a=0+n-d=0+k=8+lr=0.05+choose=mixed:0.5+tie=0.1")
+    config = variant.apply(replace(BASE, head_options={"floor": 0.01}))
+    assert (config.strategy, config.ema, config.learning_rate) == ("impostor", 0.99, 0.05)
+    assert config.strategy_options == {"n_a": 0, "n_d": 0, "choose": "mixed:0.5"}
+    assert config.head_options == {"floor": 0.01, "k": 8, "tie": 0.1}
+    assert variant.file_name == "impostor+ema=0.99+n_a=0+n-d=0+k=8+lr=0.05+choose=mixed-0.5+tie=0.1"
+    assert Variant.read("replay + head=nngk").apply(BASE).head == "nngk"
+
+
+def test_heads_and_rates_multiply_where_nothing_else_is_said() -> None:
+    found = variants(["replay", "impostor+head=nngk"], ["dense", "impostor"], [0.1, 0.3])
+    assert [variant.name for variant in found] == [
+        "replay+head=dense+lr=0.1",
+        "replay+head=dense+lr=0.3",
+        "replay+head=impostor+lr=0.1",
+        "replay+head=impostor+lr=0.3",
+        "impostor+head=nngk+lr=0.1",
+        "impostor+head=nngk+lr=0.3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("replai", "unknown strategy 'replai'.*did you mean 'replay'"),
+        ("replay+ema", r"'ema' in 'replay\+ema' must have the form key=value"),
+        ("replay+ema=", "must have the form key=value"),
+        ("replay+ema=0.9+ema=0.8", "gives ema twice"),
+        ("replay+emma=0.9", "unknown setting in .* 'emma'.*did you mean 'ema'"),
+        ("replay+n_a=1", "unknown setting in .* 'n_a'"),
+        ("er-ace+k=3", "unknown setting in .* 'k'"),
+        ("icarl+k=3", "unknown setting in .* 'k'"),
+        ("replay+head=knnn", "unknown head 'knnn'"),
+        ("icarl+head=knn", "'icarl' brings its own classifier"),
+        ("replay+ema=much", "ema must be between 0 and 1, not 'much'"),
+        ("replay+memory=many", "memory must be a whole number"),
+        ("er-ace+ema=0.9", "strategy 'er-ace' does not know ema"),
+        ("replay+backbone=convne", "convnet"),
+    ],
+)
+def test_mistakes_in_a_variant(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(text).check()
+
+
+@pytest.mark.parametrize(
+    ("comparison", "message"),
+    [
+        (StreamComparison((), base=BASE), "at least one strategy"),
+        (plan("replay", "replay+ema=0.9", "replay"), "'replay' is given twice"),
+        (replace(plan("naive"), base=replace(BASE, ema=0.9)), "--ema averages weights of our own strategies"),
+        (replace(plan("replay"), base=replace(BASE, strategy_options={"n_a": 1})), "none of the strategies given has"),
+        (plan("replay", rates=(0.1, 0.3)), "give --validation"),
+        (
+            replace(plan("replay+lr=0.1", rates=(0.1, 0.3)), base=replace(BASE, validation=0.1)),
+            "there is none to choose",
+        ),
+        (replace(plan("replay"), base=replace(BASE, stream="split-digit")), "did you mean 'split-digits'"),
+        (replace(plan("replay"), base=replace(BASE, device="abacus")), "abacus"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_made(comparison: StreamComparison, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compare_streams(comparison, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_only_some_know_is_for_those() -> None:
+    base = replace(BASE, ema=0.9, strategy_options={"n_a": 1})
+    comparison = replace(plan("replay", "impostor", "naive"), base=base)
+    comparison.check()
+    replay, impostor, naive = (comparison.config(variant, 50, 0) for variant in comparison.variants)
+    assert (replay.ema, dict(replay.strategy_options)) == (0.9, {})
+    assert (impostor.ema, dict(impostor.strategy_options)) == (0.9, {"n_a": 1})
+    assert (naive.ema, dict(naive.strategy_options)) == (None, {})
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_every_variant_memory_and_seed_once(asked: list[RunConfig], tmp_path: Path) -> None:
+    comparison = plan("replay", "naive", "replay+memory=70", memory=(50, 100), seeds=(0, 1))
+    told: list[tuple[str, int, int]] = []
+    compare_streams(comparison, tmp_path, finished=lambda r, done, total: told.append((r["variant"], done, total)))
+    made = {path.stem for path in tmp_path.glob("*-s*.json")}
+    assert made == {
+        f"{name}-s{seed}" for seed in (0, 1) for name in ("replay-m50", "replay-m100", "naive", "replay+memory=70")
+    }
+    assert [(c.strategy, c.memory, c.seed) for c in asked][:4] == [
+        ("replay", 50, 0), ("naive", None, 0), ("replay", 70, 0), ("replay", 100, 0)
+    ]  # fmt: skip
+    assert told[-1] == ("replay", 8, 8)
+    asked.clear()
+    again = compare_streams(comparison, tmp_path, resume=True)
+    assert not asked
+    assert again == json.loads((tmp_path / "summary.json").read_text())
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_another_row_or_seed_makes_only_what_is_missing(asked: list[RunConfig], tmp_path: Path) -> None:
+    compare_streams(plan("replay", memory=(50,)), tmp_path)
+    asked.clear()
+    summary = compare_streams(plan("replay", "er-ace", memory=(50,), seeds=(0, 1)), tmp_path, resume=True)
+    assert [(c.strategy, c.seed) for c in asked] == [("er-ace", 0), ("replay", 1), ("er-ace", 1)]
+    assert (summary["finished"], summary["runs"]) == (4, 4)
+
+
+def test_only_some(asked: list[RunConfig], tmp_path: Path) -> None:
+    comparison = plan("replay", "er-ace", memory=(50,), seeds=(0, 1))
+    summary = compare_streams(comparison, tmp_path, only=["er-*", "replay-m50-s1"])
+    assert [(c.strategy, c.seed) for c in asked] == [("er-ace", 0), ("replay", 1), ("er-ace", 1)]
+    assert (summary["finished"], summary["runs"]) == (3, 4)
+    assert [row["seeds"] for row in summary["rows"]] == [[1], [0, 1]]
+    with pytest.raises(ConfigError, match="--only der-: there is no such run; there are replay-m50-s0, er-ace-m50-s0"):
+        stream_cells(comparison, tmp_path, ["der-"])
+
+
+def test_results_are_never_mixed_or_overwritten(asked: list[RunConfig], tmp_path: Path) -> None:
+    comparison = plan("replay", memory=(50,))
+    compare_streams(comparison, tmp_path)
+    with pytest.raises(ConfigError, match="holds results already"):
+        compare_streams(comparison, tmp_path)
+    other = replace(comparison, base=replace(BASE, epochs=3, data_dir="elsewhere"))
+    with pytest.raises(ConfigError, match=r"replay-m50-s0\.json was made with epochs=None, not 3"):
+        compare_streams(other, tmp_path, resume=True)
+    file = tmp_path / "replay-m50-s0.json"
+    # a setting that is newer than the results had its default
+    content = json.loads(file.read_text())
+    del content["asked"]["validation"]
+    file.write_text(json.dumps(content))
+    compare_streams(comparison, tmp_path, resume=True)
+    file.write_text(file.read_text()[:50])
+    with pytest.raises(CheckpointError, match=r"replay-m50-s0\.json cannot be read"):
+        compare_streams(comparison, tmp_path, resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        compare_streams(comparison, tmp_path / "file")
+
+
+def test_means_spreads_and_ratios_by_hand(asked: list[RunConfig], tmp_path: Path) -> None:
+    summary = compare_streams(plan("replay", "avalanche-replay", "naive", memory=(50, 60), seeds=(0, 1, 3)), tmp_path)
+    rows = {(row["name"], row["memory"]): row for row in summary["rows"]}
+    assert list(rows) == [
+        ("replay", 50), ("replay", 60), ("avalanche-replay", 50), ("avalanche-replay", 60), ("naive", None)
+    ]  # fmt: skip
+    row = rows["replay", 50]
+    assert set(MEASURES) < set(row)
+    assert row["accuracy"]["mean"] == pytest.approx((0.5 + 0.6 + 0.8) / 3)
+    assert row["accuracy"]["spread"] == pytest.approx(0.152753, rel=1e-5)
+    assert row["seconds"] == {"mean": 4.0, "spread": 0.0}
+    assert summary["reference"] == "avalanche-replay"
+    assert row["time_ratio"] == rows["naive", None]["time_ratio"] == {"mean": 0.5, "spread": 0.0}
+    # after the second experience 10 test images are at 0.5 and 30 at the accuracy
+    assert row["curve"]["mean"] == pytest.approx([1.0, (10 * 0.5 + 30 * 1.9 / 3) / 40])
+    alone = summarize_streams(plan("naive", seeds=(0,)), stream_cells(plan("naive", seeds=(0,)), tmp_path))
+    assert alone["rows"][0]["accuracy"]["spread"] is None
+    assert alone["reference"] == "naive"
+
+
+def test_rates_are_chosen_on_held_out_images_and_never_on_test(asked: list[RunConfig], tmp_path: Path) -> None:
+    comparison = replace(
+        plan("replay", "naive", "er-ace+lr=0.2", memory=(50, 60), seeds=(0, 1), rates=(0.03, 0.1, 0.3)),
+        base=replace(BASE, validation=0.1),
+    )
+    summary = compare_streams(comparison, tmp_path)
+    trials, runs = asked[:6], asked[6:]
+    assert {(c.validation, c.seed) for c in trials} == {(0.1, 0)}
+    assert {(c.strategy, c.memory) for c in trials} == {("replay", 50), ("naive", None)}
+    assert {c.validation for c in runs} == {None}
+    assert {(c.strategy, c.learning_rate) for c in runs} == {("replay", 0.1), ("naive", 0.3), ("er-ace", 0.2)}
+    assert summary["learning_rates"] == {"replay": 0.1, "naive": 0.3}
+    assert {row["name"] for row in summary["rows"]} == {"replay", "naive", "er-ace+lr=0.2"}
+    asked.clear()
+    assert compare_streams(comparison, tmp_path, resume=True) == summary
+    assert not asked
+
+
+# ---- several processes -------------------------------------------------------------------------------------------
+
+
+def hold(path: Path, held: Any) -> None:
+    with exclusive(path) as mine:
+        held.put(mine)
+        time.sleep(600)
+
+
+def test_a_lock_is_exclusive_and_goes_with_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "locks" / ".a.lock"
+    context = multiprocessing.get_context("fork")
+    held = context.Queue()
+    process = context.Process(target=hold, args=(path, held), daemon=True)
+    process.start()
+    assert held.get(timeout=60) is True
+    with exclusive(path) as mine:
+        assert not mine
+    assert path.read_text() == f"{process.pid}\n"
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert path.exists()  # as it was left
+    with exclusive(path) as mine:
+        assert mine
+        with exclusive(path) as again:
+            assert not again
+    assert not path.exists()
+
+
+def test_a_run_that_another_process_makes_is_left_to_it(asked: list[RunConfig], tmp_path: Path) -> None:
+    comparison = plan("replay", "er-ace", memory=(50,))
+    busy = stream_cells(comparison, tmp_path)[0]
+    with exclusive(busy.lock):
+        summary = compare_streams(comparison, tmp_path, resume=True)
+    assert [c.strategy for c in asked] == ["er-ace"]
+    assert (summary["finished"], summary["runs"]) == (1, 2)
+    assert not busy.lock.exists()
+    compare_streams(comparison, tmp_path, resume=True)
+    assert [c.strategy for c in asked] == ["er-ace", "replay"]
+
+
+def work(out: Path) -> None:
+    compare_streams(plan("replay+epochs=1", "naive+epochs=1", memory=(50,), seeds=(0, 1)), out, resume=True)
+
+
+def test_two_processes_share_the_work(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(tmp_path,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=500)
+        assert process.exitcode == 0
+    comparison = plan("replay+epochs=1", "naive+epochs=1", memory=(50,), seeds=(0, 1))
+    results = [cell.finished() for cell in stream_cells(comparison, tmp_path)]
+    assert all(result and result["accuracy"] > 0.05 for result in results)
+    assert not [path.name for path in tmp_path.glob(".*")]
+
+
+def test_an_interrupted_run_goes_on_and_leaves_no_checkpoint(tmp_path: Path) -> None:
+    comparison = plan("impostor+epochs=1", memory=(50,))
+    compare_streams(comparison, tmp_path / "whole")
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if "experience 3 of 5: training" in what:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare_streams(comparison, tmp_path / "cut", progress=interrupt)
+    [left] = (tmp_path / "cut").iterdir()
+    told: list[str] = []
+    compare_streams(comparison, tmp_path / "cut", resume=True, progress=lambda what, done, total: told.append(what))
+    assert not any("experience 2 of 5" in what for what in told)
+    assert not left.exists()
+    first, second = (json.loads(next((tmp_path / name).glob("*-s0.json")).read_text()) for name in ("whole", "cut"))
+    assert first["accuracy_matrix"] == second["accuracy_matrix"]
+
+
+def test_an_unknown_stream_or_strategy_is_an_unknown_name() -> None:
+    with pytest.raises(UnknownNameError):
+        plan("replay+head=impost").check()
