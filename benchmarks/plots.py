@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -193,6 +194,7 @@ def _save(figure: Figure, path: Path) -> Path:
         figure.savefig(beside, format="png", dpi=DOTS_PER_INCH)
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise CheckpointError(f"cannot write {path} ({error.strerror or error}): choose another folder") from error
     return path

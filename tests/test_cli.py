@@ -112,6 +112,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         "eval json": ["eval", run, "--dataset", "digits", "--json"],
         "compare": ["compare", "--heads", "dense,knn,nca", "--epochs", "1", "--seeds", "0,1", "--json"],
         "compare again": ["compare", "--heads", "dense,knn", "--epochs", "1", "--seeds", "0,1", "--resume"],
+        "table": ["compare", "--stream", "split-digits", "--strategies", "replay,naive", *STREAM_QUICK],
+        "table again": [
+            "compare",
+            "--stream",
+            "split-digits",
+            "--strategies",
+            "replay,naive",
+            *STREAM_QUICK,
+            "--resume",
+            "--json",
+        ],
+        "heads on a stream": [
+            "compare",
+            "--stream",
+            "split-digits",
+            "--heads",
+            "dense,impostor",
+            *STREAM_QUICK,
+            "--resume",
+            "--quiet",
+        ],
         **{f"list {what}": ["list", what] for what in ("heads", "strategies", "streams", "backbones", "datasets")},
         "list json": ["list", "heads", "--json"],
         **{f"mistake {i}": command for i, (command, _) in enumerate(MISTAKES)},
@@ -119,6 +140,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     answers = dict(zip(commands, _run_all(list(commands.values()), folder), strict=True))
     return World(folder, answers)
 
+
+STREAM_QUICK = ["--epochs", "1", "--memory", "50,100", "--out", "table"]
 
 MISTAKES: list[tuple[list[str], str]] = [
     (["run", "split-digit"], r"unknown stream 'split-digit'.*did you mean 'split-digits'\?"),
@@ -149,6 +172,25 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["compare", "--dataset", "digits", "--stream", "split-digits"], r"--dataset or --stream, not both"),
     (["compare", "--seeds", "0,x"], r"--seeds must be whole numbers.*'x'"),
     (["compare", "--memory", "10"], r"--memory is for --stream"),
+    (["compare", "--strategies", "replay"], r"--strategies is for --stream"),
+    (["compare", "--lr", "0.1,0.2"], r"several learning rates are for --stream"),
+    (["compare", "--lr", "0.1,fast"], r"--lr must be numbers above 0.*'fast'"),
+    (["compare", "--stream", "split-digits", "--memory", "0"], r"--memory must be whole numbers from 1 on.*'0'"),
+    (["compare", "--stream", "split-digits", "--memory", "5"], r"memory of 5 exemplars is smaller than the 10"),
+    (["compare", "--stream", "split-digits", "--strategies", "repla"], r"unknown strategy.*did you mean 'replay'"),
+    (["compare", "--stream", "split-digits", "--strategies", "icarl", "--heads", "knn"], r"brings its own classifier"),
+    (["compare", "--stream", "split-digits", "--strategies", "replay+emma=1"], r"unknown setting in .*'emma'"),
+    (["compare", "--stream", "split-digits", "--only", "x"], r"--only x: there is no such run; there are replay"),
+    (["compare", "--stream", "split-digits", "--lr", "0.1,0.2", "--pick-lr"], r"--pick-lr chooses .*--validation 0\.1"),
+    (["compare", "--stream", "split-digits", *STREAM_QUICK], r"table holds results already"),
+    (["compare", "--stream", "split-digits", *STREAM_QUICK, "--resume", "--epochs", "2"], r"with epochs=1, not 2"),
+    (["run", "split-digits", "--resume"], r"--resume needs --checkpoint"),
+    (["run", "split-digits", "--checkpoint", "none", "--resume"], r"no checkpoint in none: leave --resume out"),
+    (["run", "split-digits", "--checkpoint", "c", "--strategy", "er-ace"], r"cannot be resumed.*replay, impostor"),
+    (["run", "split-digits", "--strategy-option", "n_a=1"], r"strategy 'replay' has no options of its own, got n_a"),
+    (["run", "split-digits", "--strategy", "impostor", "--strategy-option", "n_b=1"], r"unknown option .*'n_b'"),
+    (["run", "split-digits", "--strategy-option", "n_a"], r"'n_a' must have the form key=value"),
+    (["run", "split-digits", "--validation", "2"], r"--validation must be between 0 and 1"),
     (["compare", "--heads", "dense", "--epochs", "1", "--out", "runs/compare-001"], r"holds results already.*--resume"),
     (["compare", "--epochs", "2", "--seeds", "0,1", "--resume"], r"was made with epochs 1, not 2"),
     (["predict", MISSING, "broken.png"], rf"{MISSING} is not a saved model \(no such folder\)"),
@@ -275,6 +317,35 @@ def test_compare_prints_json_and_resumes(world: World) -> None:
     dense = next(row for row in table if row and row[0] == "dense")
     assert dense[1] == f"{100 * summary['rows'][0]['accuracy']['mean']:.2f}"
     assert dense[-1] == "100.00"
+
+
+def test_strategies_on_a_stream_side_by_side(world: World) -> None:
+    answer = world["table"]
+    assert answer.code == 0, answer.err
+    lines = [line.split() for line in answer.out.splitlines()]
+    assert [line[0] for line in lines if line and line[0] in ("memory", "strategy", "replay", "naive")] == [
+        *("memory", "strategy", "replay", "naive") * 2
+    ]  # fmt: skip
+    assert "time ratio: training and evaluation over those of replay" in answer.out
+    assert re.search(r"^3 of 3: replay, memory 100, seed 0: accuracy", answer.err, re.MULTILINE)
+    made = {path.name for path in (world.folder / "table").iterdir()}
+    runs = {"naive-s0", "replay-m50-s0", "replay-m100-s0"}
+    runs |= {f"replay+head={head}-m{memory}-s0" for head in ("dense", "impostor") for memory in (50, 100)}
+    assert made == {f"{name}.json" for name in runs} | {"summary.json", "curves.png"}
+    again = world["table again"]
+    assert again.code == 0, again.err
+    summary = json.loads(again.out)
+    small, large = (row for row in summary["rows"] if row["name"] == "replay")
+    assert f"{100 * small['accuracy']['mean']:.2f}" in answer.out
+    assert large["memory_bytes"]["mean"] == pytest.approx(2 * small["memory_bytes"]["mean"], rel=0.01)
+    assert "of 3:" not in again.err  # nothing was trained
+    assert world["heads on a stream"].code == 0, world["heads on a stream"].err
+
+
+def test_a_run_is_drawn(world: World) -> None:
+    for name in ("split-digits-impostor-001", "split-digits-dense-001"):
+        assert (world.folder / "runs" / name / "matrix.png").stat().st_size > 10_000
+    assert "figure          runs/split-digits-dense-001/matrix.png" in world["run"].out
 
 
 def test_list_names_everything(world: World) -> None:
