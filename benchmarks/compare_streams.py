@@ -18,7 +18,15 @@ from nnheads.benchmarks.stream_comparison import REFERENCE, StreamCell, StreamCo
 from nnheads.errors import ConfigError
 from nnheads.strategies.registry import strategy_spec
 
-__all__ = ["MEASURES", "StreamCell", "StreamComparison", "compare_streams", "stream_cells", "summarize_streams"]
+__all__ = [
+    "MEASURES",
+    "StreamCell",
+    "StreamComparison",
+    "all_cells",
+    "compare_streams",
+    "stream_cells",
+    "summarize_streams",
+]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and how much there is (0: not known)."""
@@ -34,6 +42,9 @@ MEASURES: Final = (
 )
 """What is measured: ``seconds`` of training and evaluation, ``time_ratio`` over those of the reference with the same
 memory and seed."""
+
+VALIDATION: Final = "validation"
+"""Folder of the runs by which learning rates are chosen."""
 
 _POLL_SECONDS: Final = 1.0
 
@@ -60,7 +71,8 @@ def compare_streams(
         finished: called with the results of each run once they are written, and how many of how many runs are done.
 
     Returns:
-        The summary, as `summarize_streams` makes it, of all runs that are finished.
+        The summary, as `summarize_streams` makes it, of all runs that are finished, and ``learning_rates`` by row as
+        they were chosen among ``rates``.
 
     Raises:
         ConfigError: see `StreamComparison.check` and `stream_cells`; or ``out`` holds results and ``resume`` is False,
@@ -71,11 +83,11 @@ def compare_streams(
     plan.check()
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: give a folder")
-    if not resume and out.is_dir() and any(out.glob("*.json")) | (out / "validation").exists():
+    if not resume and out.is_dir() and (any(out.glob("*.json")) or (out / VALIDATION).exists()):
         raise ConfigError(f"{out} holds results already: give another --out, or --resume to finish what is there")
-    chosen: dict[str, float] = {}
-    if plan.rates:
-        folder = out / "validation"
+    rates, chosen = plan.rates, {}
+    if rates:
+        folder = out / VALIDATION
         trials = plan.trials()
         wanted = stream_cells(trials, folder)
         _make(trials, wanted, progress, finished, wait=True)
@@ -85,9 +97,16 @@ def compare_streams(
         plan = plan.with_rates(chosen)
     wanted = stream_cells(plan, out, only)
     _make(plan, wanted, progress, finished)
-    summary = {**summarize_streams(plan, stream_cells(plan, out)), "learning_rates": chosen}
+    summary = summarize_streams(plan, stream_cells(plan, out))
+    summary |= {"learning_rates": chosen, "rates": list(rates)}
     write_json(out / "summary.json", summary)
     return summary
+
+
+def all_cells(plan: StreamComparison, out: Path, only: Sequence[str] = ()) -> list[StreamCell]:
+    """All runs that `compare_streams` will want, those by which learning rates are chosen included."""
+    trials = stream_cells(plan.trials(), out / VALIDATION) if plan.rates else []
+    return trials + stream_cells(plan, out, only)
 
 
 def summarize_streams(plan: StreamComparison, cells: Sequence[StreamCell]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class RunConfig:
         strategy_options: further options of the strategy, as JSON values; strategy ``impostor``, see
             `nnheads.strategies.impostor_options.ImpostorOptions`.
         future: evaluate experiences to come and the untrained model as well, for forward transfer.
+        share: share of each class's training images that is learned from, to try settings quickly; None for all.
         validation: share of each class's training images that is held out and takes the place of the test images, to
             choose settings by; None for the test images.
     """
@@ -62,6 +63,7 @@ class RunConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     strategy_options: Mapping[str, Any] = field(default_factory=dict)
     future: bool = False
+    share: float | None = None
     validation: float | None = None
 
     def __post_init__(self) -> None:
@@ -79,9 +81,9 @@ class RunConfig:
             _is_number(self.learning_rate) and 0 < self.learning_rate < math.inf
         ):
             raise ConfigError(f"learning_rate must be above 0, not {self.learning_rate!r}")
-        for name, share in (("ema", self.ema), ("validation", self.validation)):
-            if share is not None and not (_is_number(share) and 0 < share < 1):
-                raise ConfigError(f"{name} must be between 0 and 1, not {share!r}")
+        for name, part in (("ema", self.ema), ("share", self.share), ("validation", self.validation)):
+            if part is not None and not (_is_number(part) and 0 < part < 1):
+                raise ConfigError(f"{name} must be between 0 and 1, not {part!r}")
         if self.scenario not in ("class", "task"):
             raise ConfigError(f"scenario must be class or task, not {self.scenario!r}")
 

@@ -135,7 +135,7 @@ def curves_figure(summary: dict[str, Any]) -> Figure:
     )
     seeds = ", ".join(map(str, summary["seeds"]))
     shown = f"mean and standard deviation over seeds {seeds}" if len(summary["seeds"]) > 1 else f"seed {seeds}"
-    held = "" if not summary["settings"]["validation"] else ", on held-out training images"
+    held = _part(summary["settings"])
     figure.suptitle(f"{summary['stream']}, {summary['settings']['scenario']}-incremental: {shown}{held}", fontsize=11)
     return figure
 
@@ -154,9 +154,13 @@ def _described(results: dict[str, Any]) -> str:
     parts += [f"memory {config['memory']}", f"seed {results['seed']}"]
     if results["scenario"] != "class":
         parts.append(f"scenario {results['scenario']}")
-    if config["validation"] is not None:
-        parts.append("held-out training images")
-    return ", ".join(parts)
+    return ", ".join(parts) + _part(config)
+
+
+def _part(config: dict[str, Any]) -> str:
+    """What part of the images was used, where not all."""
+    learned = "" if config["share"] is None else f", {config['share']:.0%} of the training images"
+    return learned if config["validation"] is None else f"{learned}, tested on held-out training images"
 
 
 def _short(names: Sequence[str], most: int = 2) -> str:

@@ -34,6 +34,8 @@ def load_stream(
     )
     if config.validation is not None:
         stream = stream.holdout(config.validation, config.seed)
+    if config.share is not None:
+        stream = stream.thinned(config.share, config.seed)
     # what a folder of images needs is known only now
     resolved = config.resolve(stream.spec, spec)
     if spec.uses_memory and resolved.memory is not None and resolved.memory < stream.num_classes:

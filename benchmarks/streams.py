@@ -141,12 +141,24 @@ class Stream:
             out.
         """
         kept, held = stratified_split(self.train.labels, fraction, seed)
+        test = self.train.subset(held)
+        return replace(self._with_training(kept), test=replace(test, ids=torch.full_like(test.ids, -1)))
+
+    def thinned(self, share: float, seed: int = 0) -> Stream:
+        """The same stream with a share of its training images, to try settings quickly.
+
+        Args:
+            share: of the training images of each class, see `stratified_split`.
+            seed: of the choice.
+        """
+        return self._with_training(stratified_split(self.train.labels, share, seed)[1])
+
+    def _with_training(self, kept: Tensor) -> Stream:
+        """With some of the training images, by position."""
         position = torch.full((len(self.train),), -1)
         position[kept] = torch.arange(len(kept))
         parts = tuple(position[part][position[part] >= 0] for part in self.train_parts)
-        test = self.train.subset(held)
-        test = replace(test, ids=torch.full_like(test.ids, -1))
-        return replace(self, train=self.train.subset(kept), test=test, train_parts=parts)
+        return replace(self, train=self.train.subset(kept), train_parts=parts)
 
 
 def make_stream(

@@ -50,8 +50,8 @@ def show_strategies(summary: dict[str, Any]) -> None:
         _seeds(summary),
     ]
     screen.line(f"{summary['stream']}: {', '.join(fact for fact in facts if fact)}")
-    if settings["validation"]:
-        screen.line(f"on {screen.percent(settings['validation'], 0)} % of the training images, held out")
+    if told := screen.shares(settings):
+        screen.line(told)
     rows: list[dict[str, Any]] = summary["rows"]
     memories = list(dict.fromkeys(row["memory"] for row in rows if row["memory"] is not None)) or [None]
     for memory in memories:
@@ -60,7 +60,8 @@ def show_strategies(summary: dict[str, Any]) -> None:
         title = "" if memory is None else f"memory {memory}"
         screen.table(title, *_fitting("strategy", shown, _STREAM), text=_TEXT)
     for name, rate in summary["learning_rates"].items():
-        screen.line(f"learning rate of {name}, chosen on held-out training images: {rate:g}")
+        end = " (the end of the grid)" if rate in (min(summary["rates"]), max(summary["rates"])) else ""
+        screen.line(f"learning rate of {name}, chosen on held-out training images: {rate:g}{end}")
     _explain_spread(summary)
     screen.line(f"time ratio: training and evaluation over those of {summary['reference']}")
     if summary["finished"] < summary["runs"]:

@@ -53,6 +53,7 @@ def compare(
         bool,
         typer.Option("--pick-lr", help="Choose each strategy's rate among --lr on --validation, then run on test."),
     ] = False,
+    share: options.Share = None,
     validation: options.Validation = None,
     memory: Annotated[
         str | None, typer.Option("--memory", metavar="M,...", help="Exemplars kept, over all classes (streams).")
@@ -90,6 +91,7 @@ def compare(
     given_heads = None if heads is None else options.names("--heads", heads)
     rates = () if lr is None else options.numbers("--lr", lr)
     options.share("--ema", ema)
+    options.share("--share", share)
     options.share("--validation", validation)
     on_stream = {
         "--strategies": strategies,
@@ -97,6 +99,7 @@ def compare(
         "--ema": ema,
         "--strategy-option": strategy_option,
         "--replay-batch": replay_batch,
+        "--share": share,
         "--validation": validation,
         "--pick-lr": pick_lr or None,
         "--only": only,
@@ -163,6 +166,7 @@ def compare(
                     ema=ema,
                     strategy_options=options.pairs("--strategy-option", strategy_option),
                     scenario=scenario,
+                    share=share,
                     validation=validation,
                     device=device,
                 ),
@@ -210,10 +214,10 @@ def _heads(config: CompareConfig, folder: Path, resume: bool, quiet: bool) -> di
 
 
 def _strategies(plan: StreamComparison, folder: Path, resume: bool, only: list[str], quiet: bool) -> dict[str, Any]:
-    from nnheads.benchmarks.compare_streams import compare_streams, stream_cells
+    from nnheads.benchmarks.compare_streams import all_cells, compare_streams
     from nnheads.cli.progress import Bar
 
-    made = stream_cells(plan, folder, only)
+    made = all_cells(plan, folder, only)
 
     def kept() -> str:
         return _kept(sum(cell.results.is_file() for cell in made), len(made), folder)

@@ -64,6 +64,10 @@ Validation = Annotated[
         "--validation", metavar="SHARE", help="Test on this share of the training images, to choose settings by."
     ),
 ]
+Share = Annotated[
+    float | None,
+    typer.Option("--share", metavar="SHARE", help="Learn from this share of the training images, to try settings."),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads of this process (default: torch's).")
 ]

@@ -44,6 +44,7 @@ def run(
     future: Annotated[
         bool, typer.Option("--future", help="Evaluate experiences to come too, for forward transfer.")
     ] = False,
+    share: options.Share = None,
     validation: options.Validation = None,
     checkpoint: Annotated[
         Path | None,
@@ -70,6 +71,7 @@ def run(
         raise ConfigError("--resume needs --checkpoint, the folder of the run that was interrupted")
     options.positive("--lr", lr)
     options.share("--ema", ema)
+    options.share("--share", share)
     options.share("--validation", validation)
     options.set_threads(threads)
     with screen.interruptible(lambda: "nothing"):
@@ -92,6 +94,7 @@ def run(
             head_options=head_options,
             strategy_options=strategy_options,
             future=future,
+            share=share,
             validation=validation,
             learning_rate=lr,
             ema=ema,
@@ -139,8 +142,8 @@ def _run(
 
 
 def _show(results: dict[str, Any], folder: Path) -> None:
-    if results["config"].get("validation"):
-        screen.line(f"on {screen.percent(results['config']['validation'], 0)} % of the training images, held out")
+    if told := screen.shares(results["config"]):
+        screen.line(told)
     screen.line(f"{results['stream']}: head {results['head']}, strategy {results['strategy']}")
     screen.line(
         f"backbone {results['backbone']}, seed {results['seed']}, scenario {results['scenario']}, {results['device']}"
@@ -154,7 +157,7 @@ def _show(results: dict[str, Any], folder: Path) -> None:
         *_transfer(results),
         ("training", screen.duration(results["train_seconds"])),
         ("evaluation", screen.duration(results["eval_seconds"])),
-        ("memory", f"{screen.size(results['memory_bytes'])} ({results['exemplars']} exemplars)"),
+        ("memory", _memory(results)),
         ("results", str(folder / RESULTS)),
     ]
     if (folder / MATRIX).is_file():
@@ -165,6 +168,13 @@ def _show(results: dict[str, Any], folder: Path) -> None:
         screen.line(f"{name:<15} {value}")
     screen.line("")
     screen.line(f"next: {_next_command(results, folder)}")
+
+
+def _memory(results: dict[str, Any]) -> str:
+    """The whole, and what it consists of."""
+    parts = [f"{name.replace('_', ' ')} {screen.size(held)}" for name, held in results["memory_parts"].items() if held]
+    whole = f"{screen.size(results['memory_bytes'])} ({results['exemplars']} exemplars)"
+    return f"{whole}: {', '.join(parts)}" if parts else whole
 
 
 def _transfer(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -181,7 +191,7 @@ def _show_matrix(matrix: list[list[float | None]], classes: list[list[str]]) -> 
     for i, row in enumerate(matrix):
         seen = [value for value in row[: i + 1] if value is not None]
         mean = sum(seen) / len(seen) if seen else None
-        cells = [screen.percent(value, digits) if j <= i else "" for j, value in enumerate(row)]
+        cells = ["" if value is None else screen.percent(value, digits) for value in row]
         rows.append([str(i + 1), *cells, screen.percent(mean, digits)])
     title = "accuracy % on each experience's test images after each training"
     if screen.width(columns, rows) > screen.out().width:  # too many experiences for this terminal: the means alone

@@ -155,6 +155,16 @@ def number(value: float | None, digits: int = 3) -> str:
     return DASH if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
+def shares(config: dict[str, Any]) -> str:
+    """What part of the images a run saw, where not all; else nothing."""
+    parts = []
+    if config["share"] is not None:
+        parts.append(f"trained on {percent(config['share'], 0)} % of the training images")
+    if config["validation"] is not None:
+        parts.append(f"tested on {percent(config['validation'], 0)} % of them, held out")
+    return "; ".join(parts)
+
+
 def tenths(value: float | None) -> str:
     """A number with one digit behind the point."""
     return number(value, 1)

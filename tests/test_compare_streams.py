@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import nnheads.benchmarks.runner
-from nnheads.benchmarks.compare_streams import MEASURES, compare_streams, summarize_streams
+from nnheads.benchmarks.compare_streams import MEASURES, all_cells, compare_streams, summarize_streams
 from nnheads.benchmarks.config import RunConfig
 from nnheads.benchmarks.locks import exclusive
 from nnheads.benchmarks.stream_comparison import StreamComparison, stream_cells
@@ -232,6 +232,7 @@ def test_rates_are_chosen_on_held_out_images_and_never_on_test(asked: list[RunCo
     assert {c.validation for c in runs} == {None}
     assert {(c.strategy, c.learning_rate) for c in runs} == {("replay", 0.1), ("naive", 0.3), ("er-ace", 0.2)}
     assert summary["learning_rates"] == {"replay": 0.1, "naive": 0.3}
+    assert len(all_cells(comparison, tmp_path)) == len(asked)
     assert {row["name"] for row in summary["rows"]} == {"replay", "naive", "er-ace+lr=0.2"}
     asked.clear()
     assert compare_streams(comparison, tmp_path, resume=True) == summary

@@ -28,7 +28,7 @@ RESULTS: dict[str, Any] = {
         {"experience": 1, "moment": "room", "centers": {"4": 1, "6": 1}},
         {"experience": 1, "moment": "end", "centers": {"4": 2, "6": 3, "2": 2, "7": 2, "9": 1}},
     ],
-    "config": {"ema": 0.99, "memory": 10, "validation": None},
+    "config": {"ema": 0.99, "memory": 10, "validation": None, "share": None},
 }
 
 
@@ -39,7 +39,7 @@ def row(name: str, memory: int | None, mean: list[float], spread: list[float | N
 SUMMARY: dict[str, Any] = {
     "stream": "split-digits",
     "seeds": [0, 2],
-    "settings": {"scenario": "class", "validation": None},
+    "settings": {"scenario": "class", "validation": None, "share": None},
     "rows": [
         row("replay", 50, [1.0, 0.8], [0.0, 0.1]),
         row("replay", 100, [1.0, 0.9], [0.0, 0.1]),

@@ -166,6 +166,8 @@ def test_on_held_out_training_images() -> None:
     found = run(replace(QUICK, epochs=1, validation=0.25))
     assert found["test_counts"] == [20, 20, 20]  # a quarter of 40 images of each class
     assert found["gradient_samples"] < run(replace(QUICK, epochs=1))["gradient_samples"]
+    half = run(replace(QUICK, epochs=1, share=0.5, validation=0.25, replay_batch=0))
+    assert (half["gradient_samples"], half["test_counts"]) == (6 * 15, [20, 20, 20])
 
 
 @pytest.mark.usefixtures("short")

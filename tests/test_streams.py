@@ -112,6 +112,15 @@ class TestSplit:
         assert torch.equal(digits.holdout(0.1, seed=1).train.ids, held.train.ids)
         assert sum(len(held.train_indices(e)) for e in range(5)) == len(held.train)
 
+    def test_thinned_keeps_classes_and_test_images(self, digits: Stream) -> None:
+        thin = digits.thinned(0.4, seed=1)
+        assert thin.train.labels.bincount().tolist() == [
+            round(0.4 * n) for n in digits.train.labels.bincount().tolist()
+        ]
+        assert thin.test is digits.test
+        for e in range(5):
+            assert set(thin.train_set(e).ids.tolist()) < set(digits.train_set(e).ids.tolist())
+
 
 class TestOwnImages:
     @pytest.mark.parametrize(("classes", "sizes"), [(2, [1, 1]), (7, [3, 2, 2]), (12, [3, 3, 2, 2, 2])])
