@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -48,8 +49,8 @@ def matrix_figure(results: dict[str, Any]) -> Figure:
 
     matrix = np.array([[np.nan if v is None else 100 * v for v in row] for row in results["accuracy_matrix"]])
     size = len(matrix)
-    side = min(12.0, 3.0 + 0.55 * size)
-    figure, axes = _figure(side + 1.2, side)
+    side = min(9.0, 3.0 + 0.55 * size)
+    figure, axes = _figure(side + 1.8, side)
     image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
     figure.colorbar(image, ax=axes, label="accuracy (%)", fraction=0.046)
     if size <= _NUMBERS_UP_TO:
@@ -58,7 +59,8 @@ def matrix_figure(results: dict[str, Any]) -> Figure:
                 colour = "white" if value < 60 else "black"
                 axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=9)
     ticks = range(0, size, max(1, size // 12))
-    names = [_short(names) for names in results["classes"]] if size <= _NUMBERS_UP_TO else None
+    apart = len({tuple(names) for names in results["classes"]}) == size  # new instances have all classes every time
+    names = [_short(names) for names in results["classes"]] if apart and size <= _NUMBERS_UP_TO else None
     numbers = [str(i + 1) for i in ticks]
     axes.set_xticks(ticks, numbers if names is None else names, rotation=0 if names is None else 40, ha="center")
     if names is not None:
@@ -69,7 +71,7 @@ def matrix_figure(results: dict[str, Any]) -> Figure:
     axes.set_xlabel("tested on experience" if names is None else "tested on the classes of experience")
     axes.set_ylabel("trained up to experience")
     final = f"final accuracy {100 * results['accuracy']:.1f} %, forgetting {100 * results['forgetting']:.1f} %"
-    axes.set_title(f"{_described(results)}\n{final}", fontsize=10)
+    axes.set_title(_title(_described(results), final, side), fontsize=10)
     return figure
 
 
@@ -92,7 +94,7 @@ def centers_figure(results: dict[str, Any]) -> Figure:
     axes.set_xticks(steps)
     axes.set_xlabel("after experience")
     axes.set_ylabel("centers kept")
-    axes.set_title(f"{_described(results)}\ncenters of each of {len(order)} classes", fontsize=10)
+    axes.set_title(_title(_described(results), f"centers of each of {len(order)} classes", 6.0), fontsize=10)
     if len(order) <= 20:
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(
@@ -136,7 +138,8 @@ def curves_figure(summary: dict[str, Any]) -> Figure:
     seeds = ", ".join(map(str, summary["seeds"]))
     shown = f"mean and standard deviation over seeds {seeds}" if len(summary["seeds"]) > 1 else f"seed {seeds}"
     held = _part(summary["settings"])
-    figure.suptitle(f"{summary['stream']}, {summary['settings']['scenario']}-incremental: {shown}{held}", fontsize=11)
+    title = f"{summary['stream']}, {summary['settings']['scenario']}-incremental: {shown}{held}"
+    figure.suptitle(_wrapped(title, figure.get_figwidth()), fontsize=11)
     return figure
 
 
@@ -155,6 +158,15 @@ def _described(results: dict[str, Any]) -> str:
     if results["scenario"] != "class":
         parts.append(f"scenario {results['scenario']}")
     return ", ".join(parts) + _part(config)
+
+
+def _title(described: str, second: str, width: float) -> str:
+    return f"{_wrapped(described, width)}\n{second}"
+
+
+def _wrapped(text: str, width: float) -> str:
+    """A title in as many lines as a width in inches asks for."""
+    return "\n".join(textwrap.wrap(text, int(12 * width)))
 
 
 def _part(config: dict[str, Any]) -> str:

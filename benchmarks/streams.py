@@ -140,7 +140,7 @@ class Stream:
             A stream whose ``train`` is the rest, with the ids it had, and whose ``test`` is the part held
             out.
         """
-        kept, held = stratified_split(self.train.labels, fraction, seed)
+        kept, held = stratified_split(self.train.labels, fraction, _apart(seed, 1))
         test = self.train.subset(held)
         return replace(self._with_training(kept), test=replace(test, ids=torch.full_like(test.ids, -1)))
 
@@ -151,7 +151,7 @@ class Stream:
             share: of the training images of each class, see `stratified_split`.
             seed: of the choice.
         """
-        return self._with_training(stratified_split(self.train.labels, share, seed)[1])
+        return self._with_training(stratified_split(self.train.labels, share, _apart(seed, 2))[1])
 
     def _with_training(self, kept: Tensor) -> Stream:
         """With some of the training images, by position."""
@@ -217,6 +217,12 @@ def make_stream(
         labels = data.train.labels
         parts = tuple(torch.isin(labels, torch.tensor(group)).nonzero().flatten() for group in groups)
     return Stream(spec, seed, scenario, data.train, data.test, data.preprocessing, order, groups, parts)
+
+
+def _apart(seed: int, use: int) -> int:
+    """A seed of its own for one use of a seed: shuffles of the same classes by the same seed would be alike, and what is
+    held out of new instances would come from the first experience."""
+    return int(np.random.SeedSequence([seed, use]).generate_state(1)[0])
 
 
 def _first_classes(data: ImageData, classes: int) -> ImageData:

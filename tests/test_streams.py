@@ -243,11 +243,12 @@ class TestNewInstances:
         assert torch.equal(again.train_indices(1), drifting.train_indices(1))
         assert not torch.equal(other.train_indices(1), drifting.train_indices(1))
 
-    def test_holdout(self, drifting: Stream) -> None:
-        held = drifting.holdout(0.2)
-        for e in range(5):
-            ids = held.train_set(e).ids
-            assert set(ids.tolist()) < set(drifting.train_indices(e).tolist())
+    def test_holdout_and_thinning_take_from_every_experience(self, drifting: Stream) -> None:
+        for kept, share in ((drifting.holdout(0.2, seed=3), 0.8), (drifting.thinned(0.5, seed=3), 0.5)):
+            for e in range(5):
+                ids = kept.train_set(e).ids
+                assert set(ids.tolist()) < set(drifting.train_indices(e).tolist())
+                assert len(ids) / len(drifting.train_indices(e)) == pytest.approx(share, abs=0.1)
 
 
 class TestAvalanche:
