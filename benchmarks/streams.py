@@ -220,8 +220,8 @@ def make_stream(
 
 
 def _apart(seed: int, use: int) -> int:
-    """A seed of its own for one use of a seed: shuffles of the same classes by the same seed would be alike, and what is
-    held out of new instances would come from the first experience."""
+    """A seed of its own for one use of a seed: the same seed shuffles the same class alike, and what is held out of new
+    instances would come from the first experience."""
     return int(np.random.SeedSequence([seed, use]).generate_state(1)[0])
 
 
