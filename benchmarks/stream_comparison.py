@@ -51,6 +51,7 @@ class StreamComparison:
             ConfigError: a name or an option that is not known, or that does not fit.
         """
         from nnheads.backbones import build_backbone
+        from nnheads.benchmarks.datasets import DATASETS
         from nnheads.benchmarks.specs import stream_spec
         from nnheads.devices import resolve_device
 
@@ -71,8 +72,16 @@ class StreamComparison:
         for name in self.base.strategy_options:
             if not any(name in spec.option_names() for spec in specs):
                 raise ConfigError(f"--strategy-option {name}: none of the strategies given has that option")
+        known = DATASETS.get(stream.dataset)  # of a folder of images the runner knows it
+        classes = stream.classes or (known.classes if known is not None else 0)
         for variant, spec in zip(self.variants, specs, strict=True):
-            resolved = self.config(variant, self.memory[0], self.seeds[0]).resolve(stream, spec)
+            for memory in self.memory:
+                resolved = self.config(variant, memory, self.seeds[0]).resolve(stream, spec)
+                if spec.uses_memory and (resolved.memory or 0) < classes:
+                    raise ConfigError(
+                        f"memory of {resolved.memory} exemplars is smaller than the {classes} classes of "
+                        f"{stream.name}: give at least one exemplar a class"
+                    )
             build_backbone(str(resolved.backbone))
         resolve_device(self.base.device)
 

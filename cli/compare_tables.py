@@ -98,13 +98,17 @@ def _fitting(
         ]
         if screen.width(columns, cells) <= room:
             return columns, cells
-    # a narrow screen or long names: a column for each row
+    # a narrow screen or long names: a column for each row, or as many measures as there is room for
     names = ["measure", *(name for name, _ in rows)]
     turned = [
         [_heading(text, True), *(_cell(row[measure], form, True) for _, row in rows)]
         for measure, (text, form) in formats.items()
     ]
-    return names, turned
+    if screen.width(names, turned) <= room:
+        return names, turned
+    while len(columns) > 2 and screen.width(columns, cells) > room:
+        columns, cells = columns[:-1], [line[:-1] for line in cells]
+    return columns, cells
 
 
 def _heading(text: str, wide: bool) -> str:

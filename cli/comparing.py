@@ -82,8 +82,7 @@ def compare(
 ) -> None:
     """Train with each head on a data set, or with each strategy on a stream, and compare what comes out.
 
-    On a stream every strategy is run with every memory and every seed. Two processes with the same --out and --resume
-    share the work.
+    Several processes with the same --out and --resume share the work on a stream.
     """
     if dataset is not None and stream is not None:
         raise ConfigError("give --dataset or --stream, not both")
