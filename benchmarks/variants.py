@@ -5,25 +5,37 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, final
 
 from nnheads.benchmarks.config import RunConfig
 from nnheads.errors import ConfigError, unknown_name
 from nnheads.strategies.registry import strategy_spec
 
+_SHARED: Final = frozenset(
+    [
+        "stream",
+        "strategy",
+        "data_dir",
+        "seed",
+        "scenario",
+        "device",
+        "head_options",
+        "strategy_options",
+        "future",
+        "share",
+        "validation",
+    ]
+)
+"""Fields of `RunConfig` that are the same for all rows, or have a place of their own in a variant."""
+
 SETTINGS: Final[Mapping[str, str]] = {
-    "head": "head",
-    "ema": "ema",
     "lr": "learning_rate",
-    "memory": "memory",
-    "epochs": "epochs",
     "batch": "batch_size",
     "replay": "replay_batch",
-    "backbone": "backbone",
-    "precision": "precision",
+    **{field.name: field.name for field in fields(RunConfig) if field.name not in _SHARED},
 }
-"""What a variant may set of a run, and the field of `RunConfig` that it is."""
+"""What a variant may set of a run, and the field of `RunConfig` that it is; some have a short name too."""
 
 
 def json_or_text(text: str) -> Any:
@@ -74,7 +86,7 @@ class Variant:
                     f"{part!r} in {text!r} must have the form key=value, as in replay+ema=0.99+head=dense"
                 )
             key = key.replace("-", "_")
-            if key in given:
+            if key in given or SETTINGS.get(key, key) in map(SETTINGS.get, given):
                 raise ConfigError(f"{text!r} gives {key} twice")
             given[key] = json_or_text(value)
         settings = {SETTINGS[key]: given[key] for key in given if key in SETTINGS}

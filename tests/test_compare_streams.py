@@ -89,6 +89,8 @@ def test_heads_and_rates_multiply_where_nothing_else_is_said() -> None:
         ("replay+ema", r"'ema' in 'replay\+ema' must have the form key=value"),
         ("replay+ema=", "must have the form key=value"),
         ("replay+ema=0.9+ema=0.8", "gives ema twice"),
+        ("replay+lr=0.1+learning_rate=0.2", "gives learning_rate twice"),
+        ("replay+seed=1", "unknown setting in .* 'seed'"),
         ("replay+emma=0.9", "unknown setting in .* 'emma'.*did you mean 'ema'"),
         ("replay+n_a=1", "unknown setting in .* 'n_a'"),
         ("er-ace+k=3", "unknown setting in .* 'k'"),
