@@ -36,6 +36,7 @@ class RunConfig:
         precision: see `nnheads.devices.resolve_precision`.
         head_options: options of the head.
         ema: decay of averaged weights; strategy ``replay``.
+        exemplar_bytes: bytes an exemplar's image is compressed to, lossy WebP; None: as it is. Own strategies.
         dense_loss: weight of an auxiliary dense classifier's cross-entropy; strategy ``replay``.
         batch_centers: count the batch's embeddings as centers in training; strategy ``replay``.
         strategy_options: further options of the strategy, as JSON values; strategy ``impostor``, see
@@ -58,6 +59,7 @@ class RunConfig:
     learning_rate: float | None = None
     ema: float | None = None
     replay_batch: int | None = None
+    exemplar_bytes: int | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     dense_loss: float = 0.0
     batch_centers: bool = False
@@ -71,6 +73,7 @@ class RunConfig:
             ("memory", self.memory, 1),
             ("replay_batch", self.replay_batch, 0),
             ("seed", self.seed, 0),
+            ("exemplar_bytes", self.exemplar_bytes, 1),
         )
         for name, value, least in whole:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -95,7 +98,7 @@ class RunConfig:
         head = strategy.resolve_head(self.head)
         if strategy.classifier != "any" and self.head_options:
             raise ConfigError(f"strategy {strategy.name!r} takes no head options, got {', '.join(self.head_options)}")
-        own = {"ema": self.ema is not None, "dense_loss": self.dense_loss > 0, "batch_centers": self.batch_centers}
+        own = {"ema": self.ema is not None, "exemplar_bytes": self.exemplar_bytes is not None, "dense_loss": self.dense_loss > 0, "batch_centers": self.batch_centers}
         if not strategy.own_options and any(own.values()):
             given = ", ".join(name for name, is_given in own.items() if is_given)
             raise ConfigError(f"strategy {strategy.name!r} does not know {given}: take --strategy replay")

@@ -246,6 +246,7 @@ def _build(
         device=device,
         precision=config.precision,
         ema=config.ema,
+        exemplar_bytes=config.exemplar_bytes,
         dense_loss=config.dense_loss,
         batch_centers=config.batch_centers,
         strategy_options=config.strategy_options,
