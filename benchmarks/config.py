@@ -98,7 +98,12 @@ class RunConfig:
         head = strategy.resolve_head(self.head)
         if strategy.classifier != "any" and self.head_options:
             raise ConfigError(f"strategy {strategy.name!r} takes no head options, got {', '.join(self.head_options)}")
-        own = {"ema": self.ema is not None, "exemplar_bytes": self.exemplar_bytes is not None, "dense_loss": self.dense_loss > 0, "batch_centers": self.batch_centers}
+        own = {
+            "ema": self.ema is not None,
+            "exemplar_bytes": self.exemplar_bytes is not None,
+            "dense_loss": self.dense_loss > 0,
+            "batch_centers": self.batch_centers,
+        }
         if not strategy.own_options and any(own.values()):
             given = ", ".join(name for name, is_given in own.items() if is_given)
             raise ConfigError(f"strategy {strategy.name!r} does not know {given}: take --strategy replay")

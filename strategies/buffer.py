@@ -210,7 +210,11 @@ class ExemplarBuffer:
         else:
             rows = rows[torch.randint(len(rows), (count,), generator=generator)]
         at = rows.numpy()
-        return self._codec.decode(self._images[rows]), torch.from_numpy(self._labels[at]), torch.from_numpy(self._ids[at])
+        return (
+            self._codec.decode(self._images[rows]),
+            torch.from_numpy(self._labels[at]),
+            torch.from_numpy(self._ids[at]),
+        )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON values with which `load_state` goes on."""

@@ -34,11 +34,14 @@ def test_images_come_back_nearly_as_they_were_and_better_from_larger_rows(crops:
     for row_bytes in (256, 512, 1024):
         codec = WebPCodec(SHAPE, row_bytes)
         rows = codec.encode(crops)
-        assert rows.shape == (len(crops), row_bytes) and rows.dtype == torch.uint8
+        assert rows.shape == (len(crops), row_bytes)
+        assert rows.dtype == torch.uint8
         decoded = codec.decode(rows)
-        assert decoded.shape == crops.shape and decoded.dtype == torch.uint8
+        assert decoded.shape == crops.shape
+        assert decoded.dtype == torch.uint8
         ratios.append(noise_ratio(crops, decoded))
-    assert ratios[0] > 25 and ratios == sorted(ratios)
+    assert ratios[0] > 25
+    assert ratios == sorted(ratios)
 
 
 def test_grey_images(crops: Tensor) -> None:
@@ -79,7 +82,8 @@ def test_a_buffer_of_compressed_images_counts_their_bytes_and_gives_them_back(cr
     held = small.exemplars()
     assert noise_ratio(crops[held.ids], held.images) > 28
     drawn, labels, ids = small.draw(8, torch.Generator().manual_seed(0))
-    assert noise_ratio(crops[ids], drawn) > 28 and torch.equal(labels, ids % 4)
+    assert noise_ratio(crops[ids], drawn) > 28
+    assert torch.equal(labels, ids % 4)
     tensors, values = small.state()
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == small.bytes
     again = ExemplarBuffer(20, SHAPE, exemplar_bytes=512)
