@@ -63,6 +63,8 @@ class ExemplarBuffer:
         self.seed = seed
         self.class_names = class_names
         self.keeps_images = image_shape is not None
+        #: Whether images lose something when they are stored.
+        self.compresses = exemplar_bytes is not None
         shape = image_shape or (0, 0, 0)
         self._codec: ImageCodec = RawCodec(shape) if exemplar_bytes is None else WebPCodec(shape, exemplar_bytes)
         self._images = torch.zeros(budget, *self._codec.row_shape, dtype=torch.uint8)
@@ -115,6 +117,10 @@ class ExemplarBuffer:
     def exemplars(self) -> ImageSet:
         """What is held, as an image set; images that are not compressed are shared."""
         return ImageSet(self._codec.decode(self._images[: self._count]), self.labels, self.ids, self.class_names)
+
+    def as_stored(self, images: Tensor) -> Tensor:
+        """(n, C, H, W) uint8 images as they would come back from the buffer."""
+        return self._codec.decode(self._codec.encode(images)) if self.compresses else images
 
     def offer(self, data: ImageSet, rows: Tensor, experience: int = 0) -> Change:
         """Offer samples; they enter where their class has room for them, others make room.

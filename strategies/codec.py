@@ -19,7 +19,7 @@ from nnheads.errors import ConfigError
 MIN_ROW_BYTES: Final = 128
 """WebP cannot describe a small photograph in much less."""
 
-_QUALITIES: Final = (95, 90, 85, 80, 75, 65, 55, 45, 35, 25, 15, 8, 2, 0)
+_QUALITIES: Final = (95, 88, 75, 60, 45, 30, 15, 5, 0)
 """From nearly the image to hardly it; the first whose code fits is taken."""
 
 
