@@ -37,6 +37,7 @@ class RunConfig:
         precision: see `nnheads.devices.resolve_precision`.
         head_options: options of the head.
         ema: decay of averaged weights that answer in place of the trained ones; for strategies of our own.
+        exemplar_bytes: bytes an exemplar's image is compressed to, lossy WebP; None: as it is. Own strategies.
         strategy_options: further options of the strategy, as JSON values; strategy ``impostor``, see
             `nnheads.strategies.impostor_options.ImpostorOptions`.
         future: evaluate experiences to come and the untrained model as well, for forward transfer.
@@ -60,6 +61,7 @@ class RunConfig:
     learning_rate: float | None = None
     ema: float | None = None
     replay_batch: int | None = None
+    exemplar_bytes: int | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     strategy_options: Mapping[str, Any] = field(default_factory=dict)
     future: bool = False
@@ -73,6 +75,7 @@ class RunConfig:
             ("memory", self.memory, 1),
             ("replay_batch", self.replay_batch, 0),
             ("seed", self.seed, 0),
+            ("exemplar_bytes", self.exemplar_bytes, 1),
         )
         for name, value, least in whole:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -98,8 +101,9 @@ class RunConfig:
         head = strategy.resolve_head(self.head)
         if not strategy.ours and self.head_options:
             raise ConfigError(f"strategy {strategy.name!r} takes no head options, got {', '.join(self.head_options)}")
-        if self.ema is not None and not strategy.ours:
-            raise ConfigError(f"strategy {strategy.name!r} does not know ema: take --strategy replay")
+        for name in ("ema", "exemplar_bytes"):
+            if getattr(self, name) is not None and not strategy.ours:
+                raise ConfigError(f"strategy {strategy.name!r} does not know {name}: take --strategy replay")
         own = strategy.option_names()
         for name in self.strategy_options:
             if not own:

@@ -12,7 +12,7 @@ import copy
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast, final
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nnheads.benchmarks.drift_table import WHERE, table
 from nnheads.centers import Redistribution, add_centers, best_predicted, drop_centers, worst_predicted
-from nnheads.errors import ConfigError, DataError
+from nnheads.errors import ConfigError, DataError, NNHeadsError
 from nnheads.heads import build_head
 from nnheads.heads.kernel_vote import KernelVoteHead
 
@@ -156,15 +156,27 @@ def study_file(path: str | Path, **options: Any) -> dict[str, Any]:
     return drift_study(Embedded(z, y.long(), zq, yq.long()), **options)
 
 
-def study_model(model: HeadedModel, train: ImageSet, test: ImageSet, **options: Any) -> dict[str, Any]:
-    """`drift_study` on the embeddings of a trained model."""
+def model_embeddings(model: HeadedModel, train: ImageSet, test: ImageSet) -> Embedded:
+    """What a trained model makes of images, whose labels follow the model's class names where both have them.
+
+    Raises:
+        ConfigError: the model does not know its preprocessing, or has not all of the classes.
+    """
     from nnheads.evaluation import embed
 
     if model.preprocessing is None:
         raise ConfigError("drift: the model needs its preprocessing; see attach_head(preprocessing=)")
+    if model.class_names is not None and train.class_names:
+        missing = [name for name in train.class_names if name not in model.class_names]
+        if missing:
+            raise ConfigError(
+                f"drift: the model does not know the class {missing[0]!r}: name the data it was trained on"
+            )
+        order = torch.tensor([model.class_names.index(name) for name in train.class_names])
+        train, test = (replace(part, labels=order[part.labels]) for part in (train, test))
     z, y, _ = embed(model, train)
     zq, yq, _ = embed(model, test)
-    return drift_study(Embedded(z.cpu(), y.cpu(), zq.cpu(), yq.cpu()), **options)
+    return Embedded(z.cpu(), y.cpu(), zq.cpu(), yq.cpu())
 
 
 # ---- one change ------------------------------------------------------------------------------------------------------
@@ -281,16 +293,24 @@ def _accuracy(scores: Tensor, y: Tensor) -> float:
 
 
 def main() -> None:
-    """``python -m nnheads.benchmarks.drift EMBEDDINGS.npz [--json FILE]``."""
+    """``python -m nnheads.benchmarks.drift MODEL --dataset NAME [--data-dir DIR] [--json FILE]``."""
     parser = argparse.ArgumentParser(description="Drift of predictions when centers are dropped and added.")
-    parser.add_argument("embeddings", type=Path, help=".npz with z, y (N) and zq, yq (M)")
+    parser.add_argument("source", type=Path, help="saved model, or .npz with z, y (N) and zq, yq (M)")
+    parser.add_argument("--dataset", help="whose training images become centers and whose test images are held out")
+    parser.add_argument("--data-dir", type=Path)
     for name, default in (("centers", 1000), ("k", 32), ("singles", 200), ("at-once", 100), ("held-out", 1000)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     given = vars(parser.parse_args())
-    path, out = given.pop("embeddings"), given.pop("json")
-    result = study_file(path, **given)
+    source, dataset, data_dir, out = (given.pop(name) for name in ("source", "dataset", "data_dir", "json"))
+    try:
+        if source.suffix == ".npz":
+            result = study_file(source, **given)
+        else:
+            result = drift_study(_embedded_by(source, dataset, data_dir, given), **given)
+    except NNHeadsError as error:
+        raise SystemExit(f"error: {error}") from None
     print(table(result))
     if out is not None:
         from nnheads.benchmarks.results import write_json
@@ -298,6 +318,21 @@ def main() -> None:
         write_json(out, result)
     else:
         print(json.dumps(result["settings"] | {"sigma": result["sigma"]}))
+
+
+def _embedded_by(model: Path, dataset: str | None, data_dir: Path | None, given: dict[str, Any]) -> Embedded:
+    from nnheads.benchmarks.datasets import load_images
+    from nnheads.io import load
+
+    if dataset is None:
+        raise ConfigError("drift: --dataset NAME says whose images the model embeds")
+    parts = []
+    # Three times what is needed, drawn evenly: embedding all of a data set takes minutes.
+    wanted = 3 * (given["centers"] + max(given["singles"], given["at_once"])), 3 * given["held_out"]
+    for train, count in zip((True, False), wanted, strict=True):
+        images = load_images(dataset, data_dir, train=train)
+        parts.append(images.subset(torch.linspace(0, len(images) - 1, min(count, len(images))).long()))
+    return model_embeddings(load(model), *parts)
 
 
 if __name__ == "__main__":

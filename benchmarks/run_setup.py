@@ -82,6 +82,7 @@ def build_learner(
         device=device,
         precision=config.precision,
         ema=config.ema,
+        exemplar_bytes=config.exemplar_bytes,
         strategy_options=config.strategy_options,
         on_step=on_step,
     )

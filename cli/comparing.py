@@ -59,6 +59,7 @@ def compare(
         str | None, typer.Option("--memory", metavar="M,...", help="Exemplars kept, over all classes (streams).")
     ] = None,
     ema: options.Ema = None,
+    exemplar_bytes: options.ExemplarBytes = None,
     strategy_option: options.StrategyOptions = None,
     replay_batch: options.ReplayBatch = None,
     scenario: options.Scenario = "class",
@@ -96,6 +97,7 @@ def compare(
         "--strategies": strategies,
         "--memory": memory,
         "--ema": ema,
+        "--exemplar-bytes": exemplar_bytes,
         "--strategy-option": strategy_option,
         "--replay-batch": replay_batch,
         "--share": share,
@@ -163,6 +165,7 @@ def compare(
                     replay_batch=replay_batch,
                     learning_rate=rates[0] if one_rate else None,
                     ema=ema,
+                    exemplar_bytes=exemplar_bytes,
                     strategy_options=options.pairs("--strategy-option", strategy_option),
                     scenario=scenario,
                     share=share,

@@ -51,6 +51,15 @@ Ema = Annotated[
     float | None,
     typer.Option("--ema", metavar="DECAY", help="Answer with weights averaged over steps, as 0.99 (our strategies)."),
 ]
+ExemplarBytes = Annotated[
+    int | None,
+    typer.Option(
+        "--exemplar-bytes",
+        min=1,
+        metavar="N",
+        help="Store an exemplar's image as WebP in N bytes, as 384 for 32x32 (our strategies).",
+    ),
+]
 ReplayBatch = Annotated[
     int | None,
     typer.Option("--replay-batch", min=0, metavar="N", help="Exemplars replayed a step (by default --batch-size)."),

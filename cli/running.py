@@ -34,6 +34,7 @@ def run(
     memory: options.Memory = None,
     lr: options.LearningRate = None,
     ema: options.Ema = None,
+    exemplar_bytes: options.ExemplarBytes = None,
     option: options.HeadOptions = None,
     strategy_option: options.StrategyOptions = None,
     seed: Annotated[
@@ -98,6 +99,7 @@ def run(
             validation=validation,
             learning_rate=lr,
             ema=ema,
+            exemplar_bytes=exemplar_bytes,
         )
         stem = safe_stem(f"{stream}-{strategy_spec(strategy).resolve_head(head)}")
         with results_folder(out, stem, resume=resume) as folder:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nnheads.data import ImageSet
 from nnheads.errors import ConfigError
+from nnheads.strategies.codec import ImageCodec, RawCodec, WebPCodec
 
 
 class Change(NamedTuple):
@@ -39,6 +40,7 @@ class ExemplarBuffer:
     Args:
         budget: images that may be held.
         image_shape: (C, H, W); None to keep the record of the samples without their images.
+        exemplar_bytes: bytes an image is compressed to, see `nnheads.strategies.codec.WebPCodec`; None: as it is.
         seed: of the choice.
         class_names: of the samples that `exemplars` returns.
 
@@ -51,6 +53,7 @@ class ExemplarBuffer:
         budget: int,
         image_shape: tuple[int, int, int] | None,
         *,
+        exemplar_bytes: int | None = None,
         seed: int = 0,
         class_names: tuple[str, ...] = (),
     ) -> None:
@@ -60,7 +63,11 @@ class ExemplarBuffer:
         self.seed = seed
         self.class_names = class_names
         self.keeps_images = image_shape is not None
-        self._images = torch.zeros(budget, *(image_shape or (0, 0, 0)), dtype=torch.uint8)
+        #: Whether images lose something when they are stored.
+        self.compresses = exemplar_bytes is not None
+        shape = image_shape or (0, 0, 0)
+        self._codec: ImageCodec = RawCodec(shape) if exemplar_bytes is None else WebPCodec(shape, exemplar_bytes)
+        self._images = torch.zeros(budget, *self._codec.row_shape, dtype=torch.uint8)
         self._labels = np.zeros(budget, dtype=np.int64)
         self._ids = np.zeros(budget, dtype=np.int64)
         self._since = np.zeros(budget, dtype=np.int64)
@@ -89,7 +96,7 @@ class ExemplarBuffer:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one sample."""
+        """Bytes of one sample, as it is stored."""
         return self._images[0].numel() + 4 * 8
 
     @property
@@ -108,8 +115,12 @@ class ExemplarBuffer:
         return torch.from_numpy(self._priority[: self._count].argsort().argsort())
 
     def exemplars(self) -> ImageSet:
-        """What is held, as an image set that shares the images."""
-        return ImageSet(self._images[: self._count], self.labels, self.ids, self.class_names)
+        """What is held, as an image set; images that are not compressed are shared."""
+        return ImageSet(self._codec.decode(self._images[: self._count]), self.labels, self.ids, self.class_names)
+
+    def as_stored(self, images: Tensor) -> Tensor:
+        """(n, C, H, W) uint8 images as they would come back from the buffer."""
+        return self._codec.decode(self._codec.encode(images)) if self.compresses else images
 
     def offer(self, data: ImageSet, rows: Tensor, experience: int = 0) -> Change:
         """Offer samples; they enter where their class has room for them, others make room.
@@ -140,7 +151,7 @@ class ExemplarBuffer:
         where = torch.from_numpy(places)
         chosen = rows[torch.from_numpy(first[into])]
         if self.keeps_images:
-            self._images[where] = data.images[chosen]
+            self._images[where] = self._codec.encode(data.images[chosen])
         self._labels[places], self._ids[places], self._since[places] = labels[into], ids[into], experience
         self._priority[places] = priority[into]
         self._count = held + max(0, len(into) - len(out))
@@ -178,7 +189,7 @@ class ExemplarBuffer:
                 priority[i] = freed[int(labels[i])].pop(0)
         places = slice(self._count, self._count + len(ids))
         if self.keeps_images and len(rows):
-            self._images[places] = data.images[rows]
+            self._images[places] = self._codec.encode(data.images[rows])
         self._labels[places], self._ids[places], self._since[places] = labels, ids, experience
         self._priority[places] = priority
         self._count += len(ids)
@@ -205,7 +216,11 @@ class ExemplarBuffer:
         else:
             rows = rows[torch.randint(len(rows), (count,), generator=generator)]
         at = rows.numpy()
-        return self._images[rows], torch.from_numpy(self._labels[at]), torch.from_numpy(self._ids[at])
+        return (
+            self._codec.decode(self._images[rows]),
+            torch.from_numpy(self._labels[at]),
+            torch.from_numpy(self._ids[at]),
+        )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON values with which `load_state` goes on."""

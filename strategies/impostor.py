@@ -131,7 +131,7 @@ def _within(budget_bytes: int, options: ImpostorOptions, setup: Setup) -> int:
         raise ConfigError(f"strategy 'impostor' needs head impostor or nngk, not {setup.head!r}")
     shape = (setup.preprocessing.channels, *setup.preprocessing.size) if options.exemplars else None
     soft = options.redistribute != "none"
-    row = ExemplarBuffer(1, shape).row_bytes
+    row = ExemplarBuffer(1, shape, exemplar_bytes=setup.exemplar_bytes if options.exemplars else None).row_bytes
     if setup.ema is not None:  # the averaged model has centers of its own
         row += budget_bytes // max(1, centers_for(budget_bytes, head, soft, 0))
     fitting = centers_for(budget_bytes, head, soft, row)

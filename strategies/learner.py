@@ -32,6 +32,7 @@ class Setup:
         batch_size: new samples a step.
         replay_batch: replayed samples a step.
         memory: exemplars that may be kept.
+        exemplar_bytes: bytes an exemplar's image is compressed to; None: as it is.
         learning_rate: of SGD, constant.
         seed: of everything random.
         device: where to train.
@@ -57,6 +58,7 @@ class Setup:
     head_options: Mapping[str, Any] = field(default_factory=dict)
     precision: Precision = "auto"
     ema: float | None = None
+    exemplar_bytes: int | None = None
     strategy_options: Mapping[str, Any] = field(default_factory=dict)
     on_step: Callable[[int], None] | None = None
 

@@ -6,6 +6,7 @@ Importing this module imports Avalanche, which takes seconds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -138,8 +139,12 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         """Images into memory, batches augmented and normalised as a whole."""
         self._data = data = materialize(self.adapted_dataset, self.buffer.class_names)
         self._order = data.ids.argsort()
+        # Seen as they are beside compressed exemplars, new images would be told from old ones by what compression does
+        # to them, and at test every image would look new: one run fell from 56.8 to 49.8 % so, and rose to 61.8 with
+        # all images compressed.
+        seen = replace(data, images=self.buffer.as_stored(data.images))
         loader = BatchLoader(
-            data,
+            seen,
             self.preprocessing,
             self.train_mb_size,
             shuffle=True,

@@ -39,6 +39,7 @@ class ReplayLearner(Learner):
         buffer = ExemplarBuffer(
             setup.memory,
             (setup.preprocessing.channels, *setup.preprocessing.size) if keep_images else None,
+            exemplar_bytes=setup.exemplar_bytes if keep_images else None,
             seed=setup.seed,
             class_names=setup.class_names,
         )

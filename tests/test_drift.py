@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from nnheads.benchmarks.drift import Embedded, Form, drift_study, study_file
 from nnheads.benchmarks.drift import _drifts as drifts
 from nnheads.benchmarks.drift import _head as make_head
 from nnheads.benchmarks.drift_table import table
+from nnheads.benchmarks.runner import RunConfig, run
 from nnheads.errors import DataError
 
 
@@ -71,6 +74,35 @@ def test_drift_is_relative_to_doing_nothing() -> None:
     assert found is not None
     assert found["free"] < 0.1
     assert found["tight"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_saved_model_embeds_the_images_of_its_data_set(tmp_path: Path) -> None:
+    run(RunConfig(stream="split-digits", epochs=1), tmp_path / "run")
+    small = [
+        "--dataset",
+        "digits",
+        "--centers",
+        "60",
+        "--k",
+        "8",
+        "--singles",
+        "2",
+        "--at-once",
+        "4",
+        "--held-out",
+        "20",
+    ]
+    command = [sys.executable, "-m", "nnheads.benchmarks.drift", str(tmp_path / "run" / "model"), *small]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "drift.json")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "drift.json").read_text())
+    assert result["settings"]["held_out"] == 20
+    assert "influence" in done.stdout
+    nothing = subprocess.run(command[:4], capture_output=True, text=True, check=False)
+    assert nothing.returncode == 1
+    assert nothing.stderr.startswith("error: drift: --dataset NAME")
 
 
 def test_embeddings_from_a_file_and_too_few_of_them(tmp_path: Path) -> None:

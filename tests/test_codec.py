@@ -1,0 +1,91 @@
+"""Exemplars compressed into rows of a fixed size, on crops of the photographs that scikit-learn ships."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.datasets import load_sample_image
+from torch import Tensor
+
+from nnheads.data import ImageSet
+from nnheads.errors import ConfigError
+from nnheads.strategies.buffer import ExemplarBuffer
+from nnheads.strategies.codec import WebPCodec
+
+SHAPE = (3, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def crops() -> Tensor:
+    """(40, 3, 32, 32) uint8."""
+    picture = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)[:, ::4, ::4]
+    parts = picture.unfold(1, 32, 16).unfold(2, 32, 16)
+    return parts.permute(1, 2, 0, 3, 4).reshape(-1, *SHAPE)[:40].contiguous()
+
+
+def noise_ratio(images: Tensor, decoded: Tensor) -> float:
+    """Median peak signal-to-noise ratio in dB."""
+    error = (images.double() - decoded.double()).square().mean((1, 2, 3)).clamp_min(1e-3)
+    return float((10 * (255**2 / error).log10()).median())
+
+
+def test_images_come_back_nearly_as_they_were_and_better_from_larger_rows(crops: Tensor) -> None:
+    ratios = []
+    for row_bytes in (256, 512, 1024):
+        codec = WebPCodec(SHAPE, row_bytes)
+        rows = codec.encode(crops)
+        assert rows.shape == (len(crops), row_bytes)
+        assert rows.dtype == torch.uint8
+        decoded = codec.decode(rows)
+        assert decoded.shape == crops.shape
+        assert decoded.dtype == torch.uint8
+        ratios.append(noise_ratio(crops, decoded))
+    assert ratios[0] > 25
+    assert ratios == sorted(ratios)
+
+
+def test_grey_images(crops: Tensor) -> None:
+    grey = crops[:, :1]
+    codec = WebPCodec((1, 32, 32), 256)
+    assert noise_ratio(grey, codec.decode(codec.encode(grey))) > 25
+
+
+def test_an_easy_image_takes_a_better_quality_than_a_hard_one_before_it(crops: Tensor) -> None:
+    flat = torch.full((1, *SHAPE), 100, dtype=torch.uint8)
+    noisy = torch.randint(60, 140, (1, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    alone, after = WebPCodec(SHAPE, 512), WebPCodec(SHAPE, 512)
+    after.encode(noisy)
+    assert torch.equal(alone.encode(crops[:1]), after.encode(crops[:1]))
+    assert noise_ratio(flat, after.decode(after.encode(flat))) > 40
+
+
+def test_an_image_that_cannot_fit_is_told_with_a_size_that_would_do() -> None:
+    noise = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ConfigError, match=r"does not fit 128 bytes .* give exemplar_bytes above \d+"):
+        WebPCodec((3, 64, 64), 128).encode(noise)
+
+
+@pytest.mark.parametrize(("shape", "row_bytes"), [(SHAPE, 64), (SHAPE, 3072), ((1, 8, 8), 128), ((4, 32, 32), 512)])
+def test_sizes_that_make_no_sense_are_refused(shape: tuple[int, int, int], row_bytes: int) -> None:
+    with pytest.raises(ConfigError, match="exemplar_bytes"):
+        WebPCodec(shape, row_bytes)
+
+
+def test_a_buffer_of_compressed_images_counts_their_bytes_and_gives_them_back(crops: Tensor) -> None:
+    data = ImageSet(crops, torch.arange(len(crops)) % 4, torch.arange(len(crops)), tuple("abcd"))
+    raw = ExemplarBuffer(20, SHAPE)
+    small = ExemplarBuffer(20, SHAPE, exemplar_bytes=512)
+    for buffer in (raw, small):
+        buffer.offer(data, torch.arange(len(crops)))
+    assert torch.equal(raw.ids, small.ids)
+    assert raw.bytes - small.bytes == 20 * (3072 - 512)
+    held = small.exemplars()
+    assert noise_ratio(crops[held.ids], held.images) > 28
+    drawn, labels, ids = small.draw(8, torch.Generator().manual_seed(0))
+    assert noise_ratio(crops[ids], drawn) > 28
+    assert torch.equal(labels, ids % 4)
+    tensors, values = small.state()
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) == small.bytes
+    again = ExemplarBuffer(20, SHAPE, exemplar_bytes=512)
+    again.load_state(tensors, values)
+    assert torch.equal(again.exemplars().images, held.images)
