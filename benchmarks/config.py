@@ -36,8 +36,11 @@ class RunConfig:
         device: see `nnheads.devices.resolve_device`.
         precision: see `nnheads.devices.resolve_precision`.
         head_options: options of the head.
-        ema: decay of averaged weights that answer in place of the trained ones; for strategies of our own.
-        exemplar_bytes: bytes an exemplar's image is compressed to, lossy WebP; None: as it is. Own strategies.
+        ema: decay of averaged weights that take the place of the trained ones after each experience; for strategies of
+            our own. None: what the strategy proposes, 0.99 for ``impostor``; 0: none.
+        exemplar_bytes: bytes an exemplar's image is compressed to, lossy WebP; for strategies of our own. ``memory`` is
+            then the bytes of so many uncompressed images, and centers count too. None: for ``impostor`` what the stream
+            proposes; 0: images as they are.
         strategy_options: further options of the strategy, as JSON values; strategy ``impostor``, see
             `nnheads.strategies.impostor_options.ImpostorOptions`.
         future: evaluate experiences to come and the untrained model as well, for forward transfer.
@@ -75,7 +78,7 @@ class RunConfig:
             ("memory", self.memory, 1),
             ("replay_batch", self.replay_batch, 0),
             ("seed", self.seed, 0),
-            ("exemplar_bytes", self.exemplar_bytes, 1),
+            ("exemplar_bytes", self.exemplar_bytes, 0),
         )
         for name, value, least in whole:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -84,14 +87,16 @@ class RunConfig:
             _is_number(self.learning_rate) and 0 < self.learning_rate < math.inf
         ):
             raise ConfigError(f"learning_rate must be above 0, not {self.learning_rate!r}")
-        for name, part in (("ema", self.ema), ("share", self.share), ("validation", self.validation)):
+        if self.ema is not None and not (_is_number(self.ema) and 0 <= self.ema < 1):
+            raise ConfigError(f"ema must be between 0 and 1, not {self.ema!r}")
+        for name, part in (("share", self.share), ("validation", self.validation)):
             if part is not None and not (_is_number(part) and 0 < part < 1):
                 raise ConfigError(f"{name} must be between 0 and 1, not {part!r}")
         if self.scenario not in ("class", "task"):
             raise ConfigError(f"scenario must be class or task, not {self.scenario!r}")
 
     def resolve(self, stream: StreamSpec, strategy: StrategySpec) -> RunConfig:
-        """The same with every None replaced, except ``data_dir`` and ``ema``.
+        """The same with every None replaced, except ``data_dir``.
 
         Raises:
             ConfigError: settings that the strategy cannot follow.
@@ -113,6 +118,9 @@ class RunConfig:
         known = head_class(head).option_names() if strategy.ours else []
         head_options = {name: value for name, value in stream.head_options if name in known} | dict(self.head_options)
         batch_size = self.batch_size or stream.batch_size
+        images = self.strategy_options.get("exemplars") is not False  # to embed by other weights, and to compress
+        ema = strategy.ema if images else 0.0
+        exemplar_bytes = stream.exemplar_bytes if images and strategy.compresses else 0
         return replace(
             self,
             head=head,
@@ -122,6 +130,8 @@ class RunConfig:
             batch_size=batch_size,
             replay_batch=batch_size if self.replay_batch is None else self.replay_batch,
             memory=self.memory or stream.memory,
+            ema=ema if self.ema is None else self.ema,
+            exemplar_bytes=exemplar_bytes if self.exemplar_bytes is None else self.exemplar_bytes,
             learning_rate=self.learning_rate or stream.learning_rate,
         )
 

@@ -152,7 +152,7 @@ def _styles(count: int, colours: Any) -> list[tuple[Any, str, str]]:
 def _described(results: dict[str, Any]) -> str:
     config = results["config"]
     parts = [results["stream"], f"strategy {results['strategy']}", f"head {results['head']}"]
-    if config["ema"] is not None:
+    if config["ema"]:
         parts.append(f"averaged {config['ema']:g}")
     parts += [f"memory {config['memory']}", f"seed {results['seed']}"]
     if results["scenario"] != "class":

@@ -81,8 +81,8 @@ def build_learner(
         seed=config.seed,
         device=device,
         precision=config.precision,
-        ema=config.ema,
-        exemplar_bytes=config.exemplar_bytes,
+        ema=config.ema or None,
+        exemplar_bytes=config.exemplar_bytes or None,
         strategy_options=config.strategy_options,
         on_step=on_step,
     )

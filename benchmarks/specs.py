@@ -31,6 +31,7 @@ class StreamSpec:
         classes: only the data set's first so many classes are used; 0 for all.
         first_classes: so many classes make the first experience; 0 for an equal share.
         first_fixed: whether these are the data set's own first ones, whatever the seed.
+        exemplar_bytes: what the strategy ``impostor`` compresses an image to; 0: nothing.
         head_options: options of heads that have them, by name. The small network for digits learns from the vote alone,
             and forgets less that way; larger ones learn too slowly by it, and follow their samples better with tied
             centers than with loose ones.
@@ -50,6 +51,7 @@ class StreamSpec:
     classes: int = 0
     first_classes: int = 0
     first_fixed: bool = False
+    exemplar_bytes: int = 0
     head_options: tuple[tuple[str, Any], ...] = (("auxiliary", 0.95), ("centers", "tied"))
 
 
@@ -83,6 +85,7 @@ def _spec(
         classes=classes,
         first_classes=first_classes,
         first_fixed=first_fixed,
+        exemplar_bytes=384 if dataset.startswith("cifar") else 0,
         head_options=head_options,
     )
 

@@ -67,8 +67,13 @@ class StreamComparison:
                 raise ConfigError(f"strategy {name!r} is given twice")
         stream = stream_spec(self.base.stream)
         specs = [strategy_spec(variant.strategy) for variant in self.variants]
-        if self.base.ema is not None and not any(spec.ours for spec in specs):
-            raise ConfigError("--ema averages weights of our own strategies, and none of them is among those given")
+        if not any(spec.ours for spec in specs):
+            if self.base.ema is not None:
+                raise ConfigError("--ema averages weights of our own strategies, and none of them is among those given")
+            if self.base.exemplar_bytes is not None:
+                raise ConfigError(
+                    "--exemplar-bytes compresses exemplars of our own strategies, and none of them is among those given"
+                )
         for name in self.base.strategy_options:
             if not any(name in spec.option_names() for spec in specs):
                 raise ConfigError(f"--strategy-option {name}: none of the strategies given has that option")
@@ -94,6 +99,7 @@ class StreamComparison:
             memory=memory,
             seed=seed,
             ema=self.base.ema if spec.ours else None,
+            exemplar_bytes=self.base.exemplar_bytes if spec.ours else None,
             head_options=self.base.head_options if spec.ours else {},
             strategy_options={name: value for name, value in self.base.strategy_options.items() if name in known},
         )

@@ -49,15 +49,17 @@ StrategyOptions = Annotated[
 ]
 Ema = Annotated[
     float | None,
-    typer.Option("--ema", metavar="DECAY", help="Answer with weights averaged over steps, as 0.99 (our strategies)."),
+    typer.Option(
+        "--ema", metavar="DECAY", help="Answer with weights averaged over steps, as 0.99; 0: not (our strategies)."
+    ),
 ]
 ExemplarBytes = Annotated[
     int | None,
     typer.Option(
         "--exemplar-bytes",
-        min=1,
+        min=0,
         metavar="N",
-        help="Store an exemplar's image as WebP in N bytes, as 384 for 32x32 (our strategies).",
+        help="Store exemplars as WebP of N bytes, as 384 for 32x32; 0: as they are (our strategies).",
     ),
 ]
 ReplayBatch = Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,31 +14,6 @@ from nnheads.errors import ConfigError, DataError
 from nnheads.headed import HeadedModel
 from nnheads.heads.kernel_vote import KernelVoteHead
 from nnheads.strategies.refill import EMBED_BATCH
-
-CENTER_OVERHEAD: Final = 3 * 8
-"""Bytes of a center beside its key: label, id, and the place of its soft label."""
-
-
-def centers_for(budget_bytes: int, head: KernelVoteHead, soft: bool, further: int) -> int:
-    """How many centers fit into so many bytes.
-
-    Args:
-        budget_bytes: what there is.
-        head: whose centers they are.
-        soft: whether each may get a soft label.
-        further: bytes kept with each beside the head's memory.
-
-    Raises:
-        ConfigError: not a single one does.
-    """
-    memory = head.memory
-    number = memory.keys.element_size()
-    widths = [head.num_classes if width == "classes" else width or 1 for width in memory.columns.values()]
-    columns = number * sum(widths)
-    each = memory.dim * number + CENTER_OVERHEAD + columns + soft * head.num_classes * number + further
-    if budget_bytes < each:
-        raise ConfigError(f"a budget of {budget_bytes} bytes does not hold a single center of {each} bytes")
-    return budget_bytes // each
 
 
 def evaluation_batches(strategy: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -14,9 +14,9 @@ from nnheads.data import BatchLoader, ImageSet
 from nnheads.errors import ConfigError, DataError
 from nnheads.headed import HeadedModel
 from nnheads.strategies.averaged import averaged_copy
+from nnheads.strategies.budget import center_bytes
 from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.center_data import (
-    centers_for,
     evaluation_batches,
     headed_with_centers,
     kernel_head,
@@ -186,8 +186,9 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
         if not self.rules.exchanges:
             return
         model = headed_with_centers(strategy.model)
-        averaged = isinstance(strategy, ReplayStrategy) and strategy.average is not None
-        work = averaged_copy(model, strategy.average) if averaged else model
+        # The average that is to answer chooses the centers; the weights that are trained are not touched.
+        average = strategy.average if isinstance(strategy, ReplayStrategy) else None
+        work = model if average is None else averaged_copy(model, average)
         z, y, ids = self._embed(strategy, work)
         self._refresh(strategy, work, (z, y, ids))
         head = kernel_head(work)
@@ -195,7 +196,7 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
         done = exchange_centers(head, z, y, ids, self.rules, self.buffer.budget, self.seed)
         data = self._data(strategy)
         self.buffer.exchange(done.dropped.cpu(), data, done.added.cpu(), strategy.clock.train_exp_counter)
-        if averaged:
+        if average is not None:
             own = kernel_head(model)
             own.drop(done.dropped)
             strategy.fill(model)
@@ -208,17 +209,12 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
     def _make_room(self, strategy: Any, quota: int) -> None:
         """Shrink the classes known to their share of the budget."""
         model = headed_with_centers(strategy.model)
-        work = strategy.answering if isinstance(strategy, ReplayStrategy) else model
-        head = kernel_head(work)
+        head = kernel_head(model)
         ranks = self.buffer.ranks[positions_of(self.buffer.ids, head.memory.ids[: len(head.memory)].cpu())]
         label_of = dict(zip(self.buffer.ids.tolist(), self.buffer.labels.tolist(), strict=True))
         done = drop_down_to(head, quota, self.rules, ranks.to(head.memory.ids.device))
         gone = done.dropped.cpu()
         self.buffer.exchange(gone, record_of(gone[:0], gone[:0]), gone[:0])
-        if work is not model:
-            own = kernel_head(model)
-            own.drop(done.dropped)
-            set_soft_labels(own, *soft_labels(head))
         dropped = torch.tensor([label_of[i] for i in gone.tolist()], dtype=torch.int64)
         self._note(strategy, "room", dropped, gone[:0], done.label_mass)
 
@@ -271,7 +267,12 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
         if budget is None:
             assert self.budget_bytes is not None
             image = ExemplarBuffer(1, shape).row_bytes
-            budget = centers_for(self.budget_bytes, kernel_head(model), self.rules.redistribute != "none", image)
+            each = image + center_bytes(kernel_head(model), self.rules.redistribute != "none")
+            budget = self.budget_bytes // each
+            if not budget:
+                raise ConfigError(
+                    f"a budget of {self.budget_bytes} bytes does not hold a single center of {each} bytes"
+                )
         return ExemplarBuffer(budget, shape, seed=self.seed)
 
     def _data(self, strategy: Any) -> ImageSet:

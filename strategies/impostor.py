@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, final
@@ -10,14 +9,11 @@ from typing import Any, final
 from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
-from nnheads.attach import attach_head
 from nnheads.errors import ConfigError
 from nnheads.headed import HeadedModel
-from nnheads.heads import build_head
-from nnheads.heads.kernel_vote import KernelVoteHead
 from nnheads.strategies.averaged import module_bytes
 from nnheads.strategies.buffer import ExemplarBuffer
-from nnheads.strategies.center_data import centers_for
+from nnheads.strategies.center_data import headed_with_centers
 from nnheads.strategies.center_plugin import CenterPlugin
 from nnheads.strategies.center_rules import CenterEvent
 from nnheads.strategies.impostor_options import ImpostorOptions
@@ -39,11 +35,15 @@ class ImpostorLearner(Learner):
         self.options = options = ImpostorOptions.read(setup.strategy_options)
         if not options.exemplars and setup.ema is not None:
             raise ConfigError("ema needs the centers' images, to embed them by the averaged backbone: exemplars=true")
-        if options.budget_bytes is not None:
-            setup = replace(setup, memory=_within(options.budget_bytes, options, setup))
         if not options.exemplars:
             setup = replace(setup, replay_batch=0)
-        self.replay = ReplayLearner(setup, keep_images=options.exemplars)
+        self.replay = ReplayLearner(
+            setup,
+            keep_images=options.exemplars,
+            soft_labels=options.redistribute != "none",
+            budget_bytes=options.budget_bytes,
+        )
+        headed_with_centers(self.strategy.model)
         strategy = self.strategy
         self.centers = CenterPlugin(
             n_t=setup.epochs,
@@ -121,26 +121,6 @@ class ImpostorLearner(Learner):
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         self.replay.load_state(tensors, values)
         self.centers.history = [CenterEvent.from_dict(event) for event in values["history"]]
-
-
-def _within(budget_bytes: int, options: ImpostorOptions, setup: Setup) -> int:
-    """How many centers with their images fit."""
-    probe = attach_head(copy.deepcopy(setup.backbone), "dense")
-    head = build_head(setup.head, probe.in_features, setup.num_classes, **setup.head_options)
-    if not isinstance(head, KernelVoteHead):
-        raise ConfigError(f"strategy 'impostor' needs head impostor or nngk, not {setup.head!r}")
-    shape = (setup.preprocessing.channels, *setup.preprocessing.size) if options.exemplars else None
-    soft = options.redistribute != "none"
-    row = ExemplarBuffer(1, shape, exemplar_bytes=setup.exemplar_bytes if options.exemplars else None).row_bytes
-    if setup.ema is not None:  # the averaged model has centers of its own
-        row += budget_bytes // max(1, centers_for(budget_bytes, head, soft, 0))
-    fitting = centers_for(budget_bytes, head, soft, row)
-    if fitting < setup.num_classes:
-        raise ConfigError(
-            f"budget_bytes={budget_bytes} holds {fitting} centers, fewer than the {setup.num_classes} classes of the "
-            "stream: give at least one center a class"
-        )
-    return fitting
 
 
 def build_impostor(setup: Setup) -> Learner:

@@ -33,7 +33,7 @@ class ImpostorOptions:
 
     n_a: int | None = None
     n_d: int | None = None
-    choose: str = "worst"
+    choose: str = "random"
     drop: Literal["best", "random"] = "best"
     redistribute: Redistribution = "influence"
     ridge: float = 1.0

@@ -32,6 +32,8 @@ class StrategySpec:
         default_head: the head where the user names none.
         uses_memory: whether the memory budget means anything to it.
         options: ``module:class`` of the dataclass of its own options, ``strategy_options``; empty where it has none.
+        ema: decay of the averaged weights where the user gives none; 0 for none.
+        compresses: whether exemplars are stored as the stream proposes where the user says nothing.
     """
 
     name: str
@@ -41,6 +43,8 @@ class StrategySpec:
     default_head: str = "dense"
     uses_memory: bool = True
     options: str = ""
+    ema: float = 0.0
+    compresses: bool = False
 
     @property
     def ours(self) -> bool:
@@ -110,6 +114,8 @@ STRATEGIES: dict[str, StrategySpec] = {
             classifier="any",
             default_head="impostor",
             options="nnheads.strategies.impostor_options:ImpostorOptions",
+            ema=0.99,
+            compresses=True,
         ),
         _avalanche("naive", "naive", "plain fine-tuning on each experience (lower bound)", uses_memory=False),
         _avalanche("avalanche-replay", "replay", "Avalanche's Replay, the same exemplar budget"),

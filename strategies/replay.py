@@ -21,7 +21,6 @@ from nnheads.errors import ConfigError
 from nnheads.headed import HeadedModel
 from nnheads.heads.base import Head
 from nnheads.heads.memory_head import MemoryHead
-from nnheads.strategies.averaged import averaged_copy, module_bytes
 from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.plugins import silent_evaluator
 from nnheads.strategies.refill import EMBED_BATCH, refill
@@ -49,7 +48,9 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         replay_batch: replayed samples a step; 0 for none.
         seed: of order, augmentation and replay.
         precision: see `nnheads.training.autocast_for`.
-        ema: decay of an averaged model that answers in place of the trained one; None for none.
+        ema: decay of an average of the weights over the steps of an experience, which takes their place at its end, so
+            that it answers and the next experience goes on from it: between experiences there is one set of weights.
+            None for none.
         train_mb_size, train_epochs, eval_mb_size, device, plugins, evaluator, eval_every: as in Avalanche.
 
     Attributes:
@@ -86,8 +87,8 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
             model.backbone.to(memory_format=torch.channels_last)
         if ema is not None and not 0 < ema < 1:
             raise ConfigError(f"ema must be between 0 and 1, not {ema}")
-        self.average = WeightAverage(model, ema) if ema is not None else None
-        self.averaged: HeadedModel | None = None
+        self.ema = ema
+        self.average: WeightAverage | None = None
         groups = [{"params": list(model.backbone.parameters())}, *model.head.param_groups(learning_rate)]
         super().__init__(
             model=model,
@@ -114,12 +115,6 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         self._data: ImageSet | None = None
         self._order = torch.zeros(0, dtype=torch.int64)
         self._features = torch.zeros(0)
-
-    @property
-    def answering(self) -> HeadedModel:
-        """The model that answers in evaluation: the averaged one where there is one."""
-        model: HeadedModel = self.model if self.averaged is None else self.averaged
-        return model
 
     @property
     def experience_data(self) -> ImageSet:
@@ -191,7 +186,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         """Embeddings of the batch, and in evaluation or for metrics the head's output."""
         if not self.is_training:
             with autocast_for(self.device, self.precision):
-                log_probs: Tensor = self.answering(self.mb_x)
+                log_probs: Tensor = self.model(self.mb_x)
             return log_probs
         with autocast_for(self.device, self.precision):
             self._features = self.model.features(self.mb_x).float()
@@ -218,10 +213,18 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         if self.average is not None:
             self.average.update()
 
+    def _before_training_exp(self, **kwargs: Any) -> None:
+        super()._before_training_exp(**kwargs)
+        if self.ema is not None:
+            self.average = WeightAverage(self.model, self.ema)
+
     def _after_training_exp(self, **kwargs: Any) -> None:
         self._data = None
         self._features = torch.zeros(0)
-        self.remember()
+        if self.average is not None:
+            self.average.apply()
+            self.average = None
+        self.fill(self.model)
         super()._after_training_exp(**kwargs)
 
     @property
@@ -231,13 +234,6 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         return ids
 
     # ---- centers -------------------------------------------------------------------------------------------------
-
-    def remember(self) -> None:
-        """Fill the memory of the head that answers, and of the one that trains, with the buffer's samples."""
-        if self.average is not None:
-            self.averaged = averaged_copy(self.model, self.average)
-            self.fill(self.averaged)
-        self.fill(self.model)
 
     def fill(self, model: HeadedModel) -> None:
         """Embed the buffer's samples anew as the centers of a model; without their images the centers stay."""
@@ -273,10 +269,5 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
 
     def memory_parts(self) -> dict[str, int]:
         """Bytes of what is kept between experiences beside one copy of the weights."""
-        parts = {"exemplars": self.buffer.bytes}
-        models = [self.model] if self.averaged is None else [self.model, self.averaged]
-        heads = [model.head for model in models]
-        parts["centers"] = sum(head.memory.bytes for head in heads if isinstance(head, MemoryHead))
-        if self.average is not None:
-            parts["averaged_weights"] = module_bytes(self.average.averaged.module)
-        return parts
+        centers = self.head.memory.bytes if isinstance(self.head, MemoryHead) else 0
+        return {"exemplars": self.buffer.bytes, "centers": centers}

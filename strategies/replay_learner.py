@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -12,6 +13,7 @@ from nnheads.attach import attach_head
 from nnheads.data import get_augmentation
 from nnheads.devices import autocast_for
 from nnheads.headed import HeadedModel
+from nnheads.strategies.budget import exemplars_within
 from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.learner import Learner, Setup
 from nnheads.strategies.plugins import StepReport
@@ -25,9 +27,19 @@ class ReplayLearner(Learner):
     Args:
         setup: the settings.
         keep_images: whether the images of the samples in the buffer are kept.
+        soft_labels: whether centers may get soft labels, for which room is then kept within ``budget_bytes``.
+        budget_bytes: what exemplars with their centers may take, in place of ``setup.memory``. None: where images are
+            compressed, the bytes of ``setup.memory`` images that are not; else there is no such limit.
     """
 
-    def __init__(self, setup: Setup, *, keep_images: bool = True) -> None:
+    def __init__(
+        self, setup: Setup, *, keep_images: bool = True, soft_labels: bool = False, budget_bytes: int | None = None
+    ) -> None:
+        if budget_bytes is None and setup.exemplar_bytes is not None:
+            budget_bytes = setup.memory * setup.image_bytes
+        if budget_bytes is not None:
+            fitting = exemplars_within(budget_bytes, setup, images=keep_images, soft=soft_labels)
+            setup = replace(setup, memory=fitting)
         model = attach_head(
             setup.backbone,
             setup.head,
@@ -70,7 +82,7 @@ class ReplayLearner(Learner):
 
     @torch.no_grad()
     def scores(self, x: Tensor) -> Tensor:
-        model = self.strategy.answering.eval()
+        model = self.headed_model().eval()
         with autocast_for(self.setup.device, self.setup.precision):
             log_probs: Tensor = model(x)
         return log_probs
@@ -91,7 +103,8 @@ class ReplayLearner(Learner):
         return self.strategy.memory_parts()
 
     def headed_model(self) -> HeadedModel:
-        return self.strategy.answering
+        model: HeadedModel = self.strategy.model
+        return model
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         strategy = self.strategy
@@ -101,15 +114,12 @@ class ReplayLearner(Learner):
             "buffer": buffer,
             "random": {"cpu": torch.get_rng_state()},
         }
-        if strategy.average is not None:
-            parts["average"] = strategy.average.averaged.state_dict()
         tensors = {f"{part}.{name}": tensor for part, group in parts.items() for name, tensor in group.items()}
         values = {
             "buffer": buffer_values,
             "experiences": strategy.clock.train_exp_counter,
             "epochs": strategy.epochs_done,
             "gradient_samples": strategy.gradient_samples,
-            "averaged_steps": strategy.average.steps if strategy.average is not None else 0,
         }
         return tensors, values
 
@@ -117,14 +127,11 @@ class ReplayLearner(Learner):
         strategy = self.strategy
         strategy.model.load_state_dict(_part(tensors, "model"))
         self.buffer.load_state(_part(tensors, "buffer"), values["buffer"])
-        if strategy.average is not None:
-            strategy.average.averaged.load_state_dict(_part(tensors, "average"))
-            strategy.average.steps = int(values["averaged_steps"])
         strategy.clock.train_exp_counter = int(values["experiences"])
         strategy.epochs_done = int(values["epochs"])
         strategy.gradient_samples = int(values["gradient_samples"])
         # What was chosen from the centers, such as the width of a kernel, is chosen again.
-        strategy.remember()
+        strategy.fill(strategy.model)
         torch.set_rng_state(tensors["random.cpu"])
 
 

