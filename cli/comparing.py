@@ -24,7 +24,7 @@ HEADS = "dense,knn,nca"
 def compare(
     heads: Annotated[
         str | None,
-        typer.Option("--heads", metavar="A,B,...", help=f"Heads to compare; see nnheads list heads (default {HEADS})."),
+        typer.Option("--heads", metavar="A,B,...", help=f"Heads to compare, with options as impostor+centers=tied; see nnheads list heads (default {HEADS})."),
     ] = None,
     dataset: Annotated[
         str | None,
@@ -90,7 +90,7 @@ def compare(
     given_seeds = options.seeds(seeds)
     given_heads = None if heads is None else options.names("--heads", heads)
     rates = () if lr is None else options.numbers("--lr", lr)
-    options.share("--ema", ema)
+    options.share("--ema", ema or None)  # 0: not at all
     options.share("--share", share)
     options.share("--validation", validation)
     on_stream = {

@@ -71,7 +71,7 @@ def run(
     if resume and checkpoint is None:
         raise ConfigError("--resume needs --checkpoint, the folder of the run that was interrupted")
     options.positive("--lr", lr)
-    options.share("--ema", ema)
+    options.share("--ema", ema or None)  # 0: not at all
     options.share("--share", share)
     options.share("--validation", validation)
     options.set_threads(threads)
