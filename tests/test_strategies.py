@@ -317,6 +317,7 @@ def test_the_average_over_an_experience_takes_the_place_of_its_weights() -> None
     z, _, ids = embed(learner.headed_model(), learner.buffer.exemplars(), device="cpu")
     torch.testing.assert_close(head.memory.keys[head.memory.rows_of(ids)], z, atol=1e-5, rtol=1e-4)
 
+
 def test_avalanche_evaluates_and_logs_it_like_its_own() -> None:
     import_avalanche()
     from avalanche.evaluation.metrics import accuracy_metrics
