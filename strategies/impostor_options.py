@@ -34,7 +34,7 @@ class ImpostorOptions:
     n_a: int | None = None
     n_d: int | None = None
     choose: str = "random"
-    drop: Literal["best", "random"] = "best"
+    drop: Literal["best", "random"] = "random"
     redistribute: Redistribution = "influence"
     ridge: float = 1.0
     rounds: int = 1

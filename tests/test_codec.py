@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
+from nnheads.benchmarks.config import RunConfig
+from nnheads.benchmarks.runner import run
 from nnheads.data import ImageSet
 from nnheads.errors import ConfigError
 from nnheads.strategies.buffer import ExemplarBuffer
@@ -89,3 +95,24 @@ def test_a_buffer_of_compressed_images_counts_their_bytes_and_gives_them_back(cr
     again = ExemplarBuffer(20, SHAPE, exemplar_bytes=512)
     again.load_state(tensors, values)
     assert torch.equal(again.exemplars().images, held.images)
+
+
+def test_a_run_with_compressed_exemplars_stays_within_the_bytes_of_its_memory(tmp_path: Path) -> None:
+    for name in ("flower", "china"):
+        picture = torch.from_numpy(load_sample_image(f"{name}.jpg").copy()).permute(2, 0, 1)
+        crops = picture.unfold(1, 32, 32).unfold(2, 32, 32).permute(1, 2, 0, 3, 4)
+        for side in range(2):
+            folder = tmp_path / "images" / f"{name}{side}"
+            folder.mkdir(parents=True)
+            for i, crop in enumerate(crops[6 * side : 6 * side + 6, :10].reshape(-1, *SHAPE)):
+                Image.fromarray(crop.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    config = RunConfig(stream=f"images:{tmp_path / 'images'}", strategy="impostor", backbone="convnet", batch_size=16)
+    kept = {}
+    for exemplar_bytes in (0, 384):
+        found = run(replace(config, memory=20, exemplar_bytes=exemplar_bytes), tmp_path / str(exemplar_bytes))
+        kept[exemplar_bytes] = found["exemplars"]
+        if exemplar_bytes:
+            assert found["memory_bytes"] <= 20 * 3072
+            assert found["memory_bytes"] > 0.9 * 20 * 3072
+    assert kept[0] == 20
+    assert kept[384] > 40
