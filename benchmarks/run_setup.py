@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from nnheads.benchmarks.config import RunConfig
-from nnheads.benchmarks.quiet import import_avalanche, quiet_avalanche
 from nnheads.errors import ConfigError
+from nnheads.strategies.quiet import import_avalanche, quiet_avalanche
 from nnheads.strategies.registry import StrategySpec
 
 if TYPE_CHECKING:

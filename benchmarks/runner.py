@@ -18,11 +18,11 @@ from nnheads.benchmarks.measures import (
     forward_transfer,
     seen_accuracy,
 )
-from nnheads.benchmarks.quiet import quiet_avalanche
 from nnheads.benchmarks.results import MODEL, RESULTS, check_out, device_name, versions, write_json
 from nnheads.benchmarks.run_setup import build_learner, load_stream
 from nnheads.benchmarks.tensorboard import RunLog, check_tensorboard
 from nnheads.errors import ConfigError
+from nnheads.strategies.quiet import quiet_avalanche
 from nnheads.strategies.registry import list_strategies, strategy_spec
 
 if TYPE_CHECKING:

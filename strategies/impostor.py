@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, final
 
 from avalanche.core import SupervisedPlugin
@@ -24,31 +25,46 @@ from nnheads.strategies.replay_learner import ReplayLearner
 
 
 @final
-class ImpostorLearner(Learner):
-    """`ReplayStrategy` whose exemplars are exchanged by a `CenterPlugin`, as the runner uses it.
+class ImpostorContinual(ReplayStrategy):
+    """`ReplayStrategy` whose exemplars are the centers, exchanged by Algorithm 1 (see `CenterPlugin`).
+
+    Works on any Avalanche benchmark whose items are ``(x, y, id)`` with raw uint8 images, and with any head that votes
+    with Gaussian kernels (impostor, nngk).
+
+    Args:
+        model: of `nnheads.attach_head`.
+        buffer: the exemplars, which are the centers; its budget is the budget of both.
+        options: see `ImpostorOptions`.
+        train_epochs: n_t, the epochs on an experience before its centers are chosen; ``options.fine_tune`` passes over
+            the exemplars follow.
+        plugins: further plugins; they are called after the strategy's own.
+        settings: the other settings of `ReplayStrategy`.
 
     Attributes:
         centers: the plugin, whose ``history`` has every change of the centers.
+
+    Raises:
+        ConfigError: the head does not vote by kernels; or averaged weights without exemplar images.
     """
 
-    def __init__(self, setup: Setup) -> None:
-        self.options = options = ImpostorOptions.read(setup.strategy_options)
-        if not options.exemplars and setup.ema is not None:
+    def __init__(
+        self,
+        *,
+        model: HeadedModel,
+        buffer: ExemplarBuffer,
+        options: ImpostorOptions | None = None,
+        train_epochs: int = 1,
+        plugins: Sequence[Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        headed_with_centers(model)
+        options = options or ImpostorOptions()
+        if settings.get("ema") is not None and not buffer.keeps_images:
             raise ConfigError("ema needs the centers' images, to embed them by the averaged backbone: exemplars=true")
-        if not options.exemplars:
-            setup = replace(setup, replay_batch=0)
-        self.replay = ReplayLearner(
-            setup,
-            keep_images=options.exemplars,
-            soft_labels=options.redistribute != "none",
-            budget_bytes=options.budget_bytes,
-        )
-        headed_with_centers(self.strategy.model)
-        strategy = self.strategy
         self.centers = CenterPlugin(
-            n_t=setup.epochs,
+            n_t=train_epochs,
             n_f=options.fine_tune,
-            buffer=strategy.buffer,
+            buffer=buffer,
             n_a=options.n_a,
             n_d=options.n_d,
             choose=options.choose,
@@ -57,22 +73,51 @@ class ImpostorLearner(Learner):
             ridge=options.ridge,
             rounds=options.rounds,
             balanced=options.balanced,
-            seed=setup.seed,
+            seed=settings.get("seed", 0),
         )
-        strategy.train_epochs = setup.epochs + options.fine_tune
-        plugins: list[SupervisedPlugin] = [self.centers]
+        own: list[SupervisedPlugin] = [self.centers]
         if options.fine_tune:
-            plugins.append(FineTune(setup.epochs))
+            own.append(FineTune(train_epochs))
         if options.drift == "frozen":
-            plugins.insert(0, FrozenAfterFirst(self.centers))
+            own.insert(0, FrozenAfterFirst(self.centers))
         if options.drift == "distill":
-            plugins.append(FeatureDistillation(options.drift_weight))
-        strategy.plugins[:0] = plugins
+            own.append(FeatureDistillation(options.drift_weight))
+        super().__init__(
+            model=model,
+            buffer=buffer,
+            train_epochs=train_epochs + options.fine_tune,
+            plugins=[*own, *(plugins or [])],
+            **settings,
+        )
+
+
+@final
+class ImpostorLearner(Learner):
+    """`ImpostorContinual` as the runner uses it."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.options = options = ImpostorOptions.read(setup.strategy_options)
+        if not options.exemplars:
+            setup = replace(setup, replay_batch=0)
+        self.replay = ReplayLearner(
+            setup,
+            partial(ImpostorContinual, options=options),
+            keep_images=options.exemplars,
+            soft_labels=options.redistribute != "none",
+            budget_bytes=options.budget_bytes,
+        )
 
     @property
-    def strategy(self) -> ReplayStrategy:
+    def strategy(self) -> ImpostorContinual:
         """The Avalanche strategy."""
-        return self.replay.strategy
+        strategy = self.replay.strategy
+        assert isinstance(strategy, ImpostorContinual)
+        return strategy
+
+    @property
+    def centers(self) -> CenterPlugin:
+        """The plugin that exchanges the centers."""
+        return self.strategy.centers
 
     @property
     def buffer(self) -> ExemplarBuffer:

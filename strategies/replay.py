@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, final
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
 
 from nnheads.averaging import WeightAverage
-from nnheads.data import Augmentation, BatchLoader, ImageSet, Preprocessing, materialize
+from nnheads.data import Augmentation, BatchLoader, ImageSet, Preprocessing, get_augmentation, materialize
 from nnheads.devices import Precision, autocast_for, prefers_channels_last
 from nnheads.errors import ConfigError
 from nnheads.headed import HeadedModel
@@ -27,7 +27,6 @@ from nnheads.strategies.refill import EMBED_BATCH, refill
 from nnheads.strategies.replay_loader import ReplayLoader
 
 
-@final
 class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is not typed
     """Each step: a batch of new samples and one from a class-balanced `ExemplarBuffer`, trained by the head's own loss.
 
@@ -41,11 +40,11 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
 
     Args:
         model: backbone and head; the head has room for all classes, or widens as they come.
-        preprocessing: what is done to the images.
-        augment: what is done to a batch of images in training.
         buffer: the exemplars.
-        learning_rate: of SGD, constant.
-        replay_batch: replayed samples a step; 0 for none.
+        preprocessing: what is done to the images; None for the model's own.
+        augment: what is done to a batch of images in training, or its name; see `nnheads.data.get_augmentation`.
+        learning_rate: of SGD, constant; 0.1 by default.
+        replay_batch: replayed samples a step; None for as many as new ones, 0 for none.
         seed: of order, augmentation and replay.
         precision: see `nnheads.training.autocast_for`.
         ema: decay of an average of the weights over the steps of an experience, which takes their place at its end, so
@@ -64,11 +63,11 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         self,
         *,
         model: HeadedModel,
-        preprocessing: Preprocessing,
-        augment: Augmentation,
         buffer: ExemplarBuffer,
-        learning_rate: float,
-        replay_batch: int,
+        preprocessing: Preprocessing | None = None,
+        augment: Augmentation | str = "none",
+        learning_rate: float = 0.1,
+        replay_batch: int | None = None,
         seed: int = 0,
         precision: Precision = "auto",
         ema: float | None = None,
@@ -87,6 +86,9 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
             model.backbone.to(memory_format=torch.channels_last)
         if ema is not None and not 0 < ema < 1:
             raise ConfigError(f"ema must be between 0 and 1, not {ema}")
+        preprocessing = preprocessing or model.preprocessing
+        if preprocessing is None:
+            raise ConfigError("the strategy gets raw images: give preprocessing=, here or to attach_head")
         self.ema = ema
         self.average: WeightAverage | None = None
         groups = [{"params": list(model.backbone.parameters())}, *model.head.param_groups(learning_rate)]
@@ -103,9 +105,9 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
             eval_every=eval_every,
         )
         self.preprocessing = preprocessing
-        self.augment = augment
+        self.augment = get_augmentation(augment) if isinstance(augment, str) else augment
         self.buffer = buffer
-        self.replay_batch = replay_batch
+        self.replay_batch = train_mb_size if replay_batch is None else replay_batch
         self.seed = seed
         self.precision = precision
         self.intake: frozenset[int] | None = None

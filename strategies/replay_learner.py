@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, final
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from nnheads.attach import attach_head
-from nnheads.data import get_augmentation
 from nnheads.devices import autocast_for
 from nnheads.headed import HeadedModel
 from nnheads.strategies.budget import exemplars_within
@@ -26,6 +25,7 @@ class ReplayLearner(Learner):
 
     Args:
         setup: the settings.
+        make: what makes the strategy, of the arguments of `ReplayStrategy`.
         keep_images: whether the images of the samples in the buffer are kept.
         soft_labels: whether centers may get soft labels, for which room is then kept within ``budget_bytes``.
         budget_bytes: what exemplars with their centers may take, in place of ``setup.memory``. None: where images are
@@ -33,7 +33,13 @@ class ReplayLearner(Learner):
     """
 
     def __init__(
-        self, setup: Setup, *, keep_images: bool = True, soft_labels: bool = False, budget_bytes: int | None = None
+        self,
+        setup: Setup,
+        make: Callable[..., ReplayStrategy] = ReplayStrategy,
+        *,
+        keep_images: bool = True,
+        soft_labels: bool = False,
+        budget_bytes: int | None = None,
     ) -> None:
         if budget_bytes is None and setup.exemplar_bytes is not None:
             budget_bytes = setup.memory * setup.image_bytes
@@ -56,10 +62,10 @@ class ReplayLearner(Learner):
             class_names=setup.class_names,
         )
         self.setup = setup
-        self.strategy = ReplayStrategy(
+        self.strategy = make(
             model=model,
             preprocessing=setup.preprocessing,
-            augment=get_augmentation(setup.augment),
+            augment=setup.augment,
             buffer=buffer,
             learning_rate=setup.learning_rate,
             replay_batch=setup.replay_batch,

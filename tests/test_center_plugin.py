@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nnheads.attach import attach_head
-from nnheads.benchmarks.quiet import import_avalanche, quiet_avalanche
 from nnheads.data import ImageSet, Preprocessing
 from nnheads.errors import ConfigError, DataError
 from nnheads.headed import HeadedModel
@@ -22,6 +21,7 @@ from nnheads.heads.kernel_vote import KernelVoteHead
 from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.center_exchange import drop_down_to, exchange_centers
 from nnheads.strategies.center_rules import CenterRules
+from nnheads.strategies.quiet import import_avalanche, quiet_avalanche
 
 K, C, SIGMA = 5, 3, 1.3
 Centers = dict[int, tuple[np.ndarray, np.ndarray]]

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from nnheads.benchmarks.config import RunConfig
-from nnheads.benchmarks.quiet import import_avalanche, quiet_avalanche
 from nnheads.benchmarks.specs import stream_spec
 from nnheads.benchmarks.streams import Stream, make_stream
 from nnheads.errors import ConfigError, UnknownNameError
 from nnheads.heads.memory_head import MemoryHead
 from nnheads.strategies import strategy_spec
 from nnheads.strategies.learner import Setup
+from nnheads.strategies.quiet import import_avalanche, quiet_avalanche
 
 
 def small_stream(name: str = "split-digits", experiences: int = 3, images: int = 60) -> Stream:
@@ -257,3 +257,54 @@ def test_options_are_refused_by_strategies_without_any() -> None:
     assert resolved.to_dict()["strategy_options"] == {"choose": "worst"}
     with pytest.raises(UnknownNameError, match="did you mean 'impostor'"):
         strategy_spec("imposter")
+
+
+def test_the_avalanche_strategy_in_a_script_of_ones_own() -> None:
+    from nnheads.attach import attach_head
+    from nnheads.backbones import build_backbone
+    from nnheads.strategies import ExemplarBuffer, ImpostorContinual, ImpostorOptions
+    from nnheads.training import evaluate
+
+    stream = small_stream()
+    torch.manual_seed(0)
+    backbone = build_backbone("convnet", num_classes=10, in_channels=1)
+    model = attach_head(backbone, "impostor", preprocessing=stream.preprocessing)
+    strategy = ImpostorContinual(
+        model=model,
+        buffer=ExemplarBuffer(30, (1, 8, 8)),
+        options=ImpostorOptions(fine_tune=1),
+        train_epochs=3,
+        learning_rate=0.05,
+        ema=0.9,
+    )
+    for experience in stream.benchmark.train_stream:
+        strategy.train(experience)
+    seen = stream.test.subset(torch.isin(stream.test.labels, torch.tensor(strategy.buffer.classes_seen)))
+    assert evaluate(model, seen, device="cpu").accuracy > 0.5
+    assert len(model.head.memory) == len(strategy.buffer) == 30
+    assert {event.moment for event in strategy.centers.history} >= {"room", "end"}
+    for head, message in (("knn", "votes with Gaussian kernels"), ("impostor", "give preprocessing=")):
+        other = attach_head(build_backbone("convnet", num_classes=10, in_channels=1), head)
+        with pytest.raises(ConfigError, match=message):
+            ImpostorContinual(model=other, buffer=ExemplarBuffer(30, (1, 8, 8)))
+
+
+def test_the_work_of_an_experience_does_not_grow_with_those_before() -> None:
+    """Rows through the backbone, whatever for: a clock would say the same less surely."""
+    whole = make_stream("new-instances:split-digits", seed=0)
+    parts = [part for p in whole.train_parts for part in p[:240].split(40)]
+    stream = replace(whole, experiences=whole.experiences[:1] * len(parts), train_parts=tuple(parts))
+    learner = learner_of(stream, memory=60, n_a=5, n_d=5)
+    backbone = learner.headed_model().backbone
+    rows: list[int] = []
+    backbone.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    work = []
+    for e in range(len(parts)):
+        rows.clear()
+        learn(learner, e)
+        work.append(sum(rows))
+        assert len(learner.buffer) <= 60
+    full = next(e for e in range(len(work)) if work[e] == work[-1])
+    assert full < 6
+    assert len(work) >= 25
+    assert set(work[full:]) == {work[-1]}

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nnheads.benchmarks.quiet import import_avalanche, quiet_avalanche
 from nnheads.benchmarks.streams import Stream, make_stream
 from nnheads.data import ImageSet
 from nnheads.errors import ConfigError, UnknownNameError
@@ -20,6 +19,7 @@ from nnheads.heads.memory_head import MemoryHead
 from nnheads.strategies import list_strategies, strategy_spec
 from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.learner import Setup
+from nnheads.strategies.quiet import import_avalanche, quiet_avalanche
 
 SHAPE = (1, 8, 8)
 
