@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from nnheads.benchmarks.comparison import MEASURES, RECIPES, Cell, CompareConfig, Recipe, cells, head_variant
+from nnheads.benchmarks.comparison import MEASURES, RECIPES, Cell, CompareConfig, Recipe, cells
 from nnheads.benchmarks.measures import mean_and_spread
 from nnheads.benchmarks.results import device_name, versions, write_json
 from nnheads.errors import CheckpointError, ConfigError
@@ -175,9 +175,7 @@ def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cell.seed)
         backbone = build_backbone(recipe.backbone, data.train.num_classes, data.preprocessing.channels)
-        name, options = head_variant(cell.head)
-        classes = data.train.class_names
-        model = attach_head(backbone, name, preprocessing=data.preprocessing, class_names=classes, **options)
+        model = attach_head(backbone, cell.head, preprocessing=data.preprocessing, class_names=data.train.class_names)
 
     def step(now: FitProgress) -> None:
         within = now.step / now.steps if now.steps else 0.0

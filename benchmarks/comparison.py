@@ -22,33 +22,6 @@ MEASURES: tuple[str, ...] = (
 """What is measured."""
 
 
-def head_variant(text: str) -> tuple[str, dict[str, Any]]:
-    """A head and options of it, from ``HEAD`` or ``HEAD+KEY=VALUE+KEY=VALUE...``, as ``impostor+centers=tied``.
-
-    Values are read as JSON where they are JSON, else taken as text.
-
-    Raises:
-        ConfigError: a part has another form or is given twice, or there is no such head or option
-            (`UnknownNameError`).
-    """
-    from nnheads.benchmarks.variants import json_or_text
-    from nnheads.heads import head_class
-
-    name, *parts = text.split("+")
-    known = head_class(name).option_names()
-    options: dict[str, Any] = {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        if not equals or not key or not value:
-            raise ConfigError(f"{part!r} in {text!r} must have the form key=value, as in impostor+centers=tied")
-        if key in options:
-            raise ConfigError(f"{text!r} gives {key} twice")
-        if key not in known:
-            raise unknown_name(f"option of head {name!r}", key, known)
-        options[key] = json_or_text(value)
-    return name, options
-
-
 @final
 @dataclass(frozen=True)
 class Recipe:
@@ -92,7 +65,7 @@ class CompareConfig:
     """What to compare, and on what.
 
     Attributes:
-        heads: names of heads, with options where they are to differ from the defaults; see `head_variant`.
+        heads: names of heads.
         dataset: where the backbone is trained on all classes at once; see `nnheads.benchmarks.datasets`.
         seeds: each head is trained once with each.
         backbone, epochs, batch_size, learning_rate: None for the data set's own.
@@ -136,6 +109,7 @@ class CompareConfig:
         """
         from nnheads.backbones import build_backbone
         from nnheads.benchmarks.datasets import list_datasets
+        from nnheads.heads import head_class
         from nnheads.training import resolve_device
 
         if not self.heads or not self.seeds:
@@ -146,9 +120,7 @@ class CompareConfig:
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate must be above 0, not {self.learning_rate}")
         for head in self.heads:
-            head_variant(head)
-            if self.heads.count(head) > 1:
-                raise ConfigError(f"head {head!r} is given twice")
+            head_class(head)
         if self.dataset not in RECIPES and not self.dataset.startswith("images:"):
             raise unknown_name("data set", self.dataset, [*list_datasets(), "images:DIR"])
         if self.backbone is not None:
@@ -162,7 +134,7 @@ class Cell:
     """One configuration of a comparison.
 
     Attributes:
-        head: name of the head, with options; see `head_variant`.
+        head: name of the head.
         seed: of the backbone's first weights, of the order of batches and of augmentation.
         folder: where its files are.
     """

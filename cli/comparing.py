@@ -24,11 +24,7 @@ HEADS = "dense,knn,nca"
 def compare(
     heads: Annotated[
         str | None,
-        typer.Option(
-            "--heads",
-            metavar="A,B,...",
-            help=f"Heads to compare, also as impostor+centers=tied; see nnheads list heads (default {HEADS}).",
-        ),
+        typer.Option("--heads", metavar="A,B,...", help=f"Heads to compare; see nnheads list heads (default {HEADS})."),
     ] = None,
     dataset: Annotated[
         str | None,

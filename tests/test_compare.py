@@ -135,26 +135,3 @@ def test_every_data_set_has_a_recipe_that_nca_can_train_with() -> None:
     assert set(RECIPES) == set(DATASETS)
     for name, recipe in RECIPES.items():
         assert recipe.batch_size >= 2 * DATASETS[name].classes
-
-
-def test_a_head_may_have_options_of_its_own(tmp_path: Path) -> None:
-    heads = ("impostor", "impostor+centers=fixed+k=5")
-    rows = compare(CompareConfig(heads=heads, epochs=1, device="cpu"), tmp_path)["rows"]
-    assert [row["head"] for row in rows] == list(heads)
-    assert rows[0]["log_loss"] != rows[1]["log_loss"]
-
-
-@pytest.mark.parametrize(
-    ("head", "message"),
-    [
-        ("impostor+centers", "'centers' in 'impostor.centers' must have the form key=value"),
-        ("impostor+center=tied", "unknown option of head 'impostor' 'center'.*did you mean 'centers'"),
-        ("impostor+k=5+k=6", "gives k twice"),
-        ("impostr+k=5", "unknown head 'impostr'"),
-        ("impostor+centers=lose", "centers must be one of"),
-    ],
-)
-def test_mistakes_in_a_heads_options(head: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
-        compare(CompareConfig(heads=(head,), epochs=1, device="cpu"), tmp_path)
-    assert not list(tmp_path.iterdir())
