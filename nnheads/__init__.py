@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import nnheads.analysis as analysis
     import nnheads.errors as errors
     import nnheads.functional as functional
     import nnheads.testing as testing
@@ -63,7 +64,7 @@ _HOMES = {
 }
 """The module that defines each public name."""
 
-_SUBMODULES = ("errors", "functional", "testing")
+_SUBMODULES = ("analysis", "errors", "functional", "testing")
 
 __all__ = [
     "Head",
@@ -73,6 +74,7 @@ __all__ = [
     "MemoryHead",
     "NNHeadsError",
     "Preprocessing",
+    "analysis",
     "attach_head",
     "build_backbone",
     "build_head",

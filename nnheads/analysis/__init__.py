@@ -1,1 +1,24 @@
-"""What heads and networks agree on, layer by layer."""
+"""What heads and networks agree on, layer by layer; and what their answers are worth."""
+
+from nnheads.analysis.agreement import Agreement, agreement, kl_divergence
+from nnheads.analysis.layers import LayerEmbeddings, default_layers, layer_embeddings
+from nnheads.analysis.measures import Calibration, Roc, calibration, confusion, retrieval, roc
+from nnheads.analysis.probes import KINDS, Probe, probe
+
+__all__ = [
+    "KINDS",
+    "Agreement",
+    "Calibration",
+    "LayerEmbeddings",
+    "Probe",
+    "Roc",
+    "agreement",
+    "calibration",
+    "confusion",
+    "default_layers",
+    "kl_divergence",
+    "layer_embeddings",
+    "probe",
+    "retrieval",
+    "roc",
+]
