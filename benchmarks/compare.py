@@ -11,10 +11,11 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from nnheads.benchmarks.comparison import MEASURES, RECIPES, Cell, CompareConfig, Recipe, cells
+from nnheads.benchmarks.comparison import MEASURES, RECIPES, Cell, CompareConfig, Recipe, cells, head_variant
 from nnheads.benchmarks.measures import mean_and_spread
 from nnheads.benchmarks.results import device_name, versions, write_json
 from nnheads.errors import CheckpointError, ConfigError
@@ -158,15 +159,13 @@ class _Report:
 def _load(config: CompareConfig, progress: Progress | None) -> ImageData:
     from nnheads.benchmarks.datasets import load_dataset
 
-    return load_dataset(config.dataset, config.data_dir, progress=progress)
+    return load_dataset(config.dataset, config.data_dir, size=config.image_size, progress=progress)
 
 
 def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from nnheads.attach import attach_head
-    from nnheads.backbones import build_backbone
     from nnheads.heads import MemoryHead
     from nnheads.training import evaluate, fit
 
@@ -174,8 +173,8 @@ def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) 
     # The backbone is built right after the seed is set, so its first weights are the same for every head.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cell.seed)
-        backbone = build_backbone(recipe.backbone, data.train.num_classes, data.preprocessing.channels)
-        model = attach_head(backbone, cell.head, preprocessing=data.preprocessing, class_names=data.train.class_names)
+        model = _build(config, cell, data)
+    epochs = recipe.epochs if _learns(model) else 0
 
     def step(now: FitProgress) -> None:
         within = now.step / now.steps if now.steps else 0.0
@@ -184,7 +183,7 @@ def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) 
     history = fit(
         model,
         data.train,
-        epochs=recipe.epochs,
+        epochs=epochs,
         batch_size=recipe.batch_size,
         lr=recipe.learning_rate,
         optimizer=recipe.optimizer,
@@ -194,7 +193,7 @@ def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) 
         seed=cell.seed,
         progress=step,
     )
-    report("evaluating", recipe.epochs / (recipe.epochs + 1))
+    report("evaluating", epochs / (epochs + 1))
     found = evaluate(model, data.test, device=config.device)
     # Written before the results, whose file says that the configuration is finished.
     _write_array(cell.predictions, found.predictions.numpy().astype(np.int16))
@@ -216,6 +215,45 @@ def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) 
         "versions": versions(),
         "device": device_name(model.device),
     }
+
+
+def _build(config: CompareConfig, cell: Cell, data: ImageData) -> HeadedModel:
+    """The backbone with its first weights, and the head on it."""
+    from nnheads.attach import attach_head
+    from nnheads.backbones import build_backbone
+    from nnheads.weights import build_pretrained, freeze, load_weights, published_statistics
+
+    name, classes = config.recipe().backbone, data.train.num_classes
+    channels, preprocessing = data.preprocessing.channels, data.preprocessing
+    if config.pretrained:
+        backbone = build_pretrained(name, channels)
+        known = published_statistics(name, backbone)
+        if known is not None and len(known[0]) == channels:
+            preprocessing = replace(preprocessing, mean=known[0], std=known[1])
+    else:
+        backbone = build_backbone(name, classes, channels)
+    head, options = head_variant(cell.head)
+    model = attach_head(
+        backbone,
+        head,
+        num_classes=classes,
+        preprocessing=preprocessing,
+        class_names=data.train.class_names,
+        **options,
+    )
+    if config.weights is not None:
+        load_weights(model, config.weights)
+    if config.freeze:
+        freeze(model)
+    return model
+
+
+def _learns(model: HeadedModel) -> bool:
+    """Whether training changes the answers: with a frozen backbone, not those of a head that only its memory makes."""
+    if any(parameter.requires_grad for parameter in model.backbone.parameters()):
+        return True
+    head = model.head
+    return bool(list(head.parameters())) and not (head.uses_memory and head.trains_with == "objective")
 
 
 def _inference_ms(model: HeadedModel, data: ImageData, device: str) -> float:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
@@ -20,6 +23,41 @@ MEASURES: tuple[str, ...] = (
     "agreement",
 )
 """What is measured."""
+
+
+def head_variant(text: str) -> tuple[str, dict[str, Any]]:
+    """A head and options of it, from ``HEAD`` or ``HEAD+KEY=VALUE+KEY=VALUE...``, as ``impostor+centers=tied``.
+
+    Values are read as JSON where they are JSON, else taken as text.
+
+    Raises:
+        ConfigError: a part has another form or is given twice, or there is no such head or option
+            (`UnknownNameError`).
+    """
+    from nnheads.benchmarks.variants import json_or_text
+    from nnheads.heads import head_class
+
+    name, *parts = (part.strip() for part in text.split("+"))
+    known = head_class(name).option_names()
+    options: dict[str, Any] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals or not key or not value:
+            raise ConfigError(f"{part!r} in {text!r} must have the form key=value, as in impostor+centers=tied")
+        if key in options:
+            raise ConfigError(f"{text!r} gives {key} twice")
+        if key not in known:
+            raise unknown_name(f"option of head {name!r}", key, known)
+        options[key] = json_or_text(value)
+    return name, options
+
+
+def expand_heads(heads: Sequence[str]) -> tuple[str, ...]:
+    """The heads of a comparison, where ``all`` stands for every one that is registered; each once, in order."""
+    from nnheads.heads import list_heads
+
+    every = (name for text in heads for name in (list_heads() if text == "all" else [text]))
+    return tuple(dict.fromkeys(every))
 
 
 @final
@@ -65,12 +103,17 @@ class CompareConfig:
     """What to compare, and on what.
 
     Attributes:
-        heads: names of heads.
+        heads: names of heads, with options where they are to differ from the defaults; see `head_variant`.
         dataset: where the backbone is trained on all classes at once; see `nnheads.benchmarks.datasets`.
         seeds: each head is trained once with each.
         backbone, epochs, batch_size, learning_rate: None for the data set's own.
         data_dir: where the images are.
         device: "auto", "cuda", "mps" or "cpu".
+        pretrained: start from the weights that the backbone's makers published; see
+            `nnheads.weights.build_pretrained`. Images are normalised as these weights expect.
+        weights: start from the weights in this file; see `nnheads.weights.load_weights`.
+        freeze: leave the backbone as it is and train heads alone.
+        image_size: side of the images in pixels, to which they are resized; None for the data set's own.
     """
 
     heads: tuple[str, ...] = ("dense", "knn", "nca")
@@ -82,6 +125,10 @@ class CompareConfig:
     learning_rate: float | None = None
     data_dir: Path | None = None
     device: str = "auto"
+    pretrained: bool = False
+    weights: Path | None = None
+    freeze: bool = False
+    image_size: int | None = None
 
     def recipe(self) -> Recipe:
         """The training on ``dataset``: its defaults, and what the user set."""
@@ -99,7 +146,14 @@ class CompareConfig:
     def settings(self) -> dict[str, Any]:
         """All that a finished configuration must share with the others of its folder, as JSON takes it."""
         shared = {"device": self.device, "data_dir": self.data_dir.resolve().name if self.data_dir else None}
-        return {"dataset": self.dataset, **asdict(self.recipe()), **shared}
+        # None where nothing was asked for, so that results made before there was such a setting still count
+        start = {
+            "pretrained": self.pretrained or None,
+            "weights": None if self.weights is None else _named_file(self.weights),
+            "freeze": self.freeze or None,
+            "image_size": self.image_size,
+        }
+        return {"dataset": self.dataset, **asdict(self.recipe()), **shared, **start}
 
     def check(self) -> None:
         """Refuses what cannot work before anything is trained.
@@ -109,7 +163,6 @@ class CompareConfig:
         """
         from nnheads.backbones import build_backbone
         from nnheads.benchmarks.datasets import list_datasets
-        from nnheads.heads import head_class
         from nnheads.training import resolve_device
 
         if not self.heads or not self.seeds:
@@ -120,11 +173,28 @@ class CompareConfig:
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate must be above 0, not {self.learning_rate}")
         for head in self.heads:
-            head_class(head)
+            _check_head(head)
+            if [file_name(other) for other in self.heads].count(file_name(head)) > 1:
+                raise ConfigError(f"head {head!r} is given twice")
         if self.dataset not in RECIPES and not self.dataset.startswith("images:"):
             raise unknown_name("data set", self.dataset, [*list_datasets(), "images:DIR"])
         if self.backbone is not None:
             build_backbone(self.backbone)
+        if self.image_size is not None and self.image_size < 8:
+            raise ConfigError(f"image_size must be 8 or more, not {self.image_size}")
+        if self.pretrained and self.weights is not None:
+            raise ConfigError("weights come from one place: give --pretrained or --weights FILE, not both")
+        if self.pretrained and ":" not in self.recipe().backbone:
+            raise ConfigError(
+                f"backbone {self.recipe().backbone!r} has no published weights: give --backbone torchvision:NAME or "
+                "timm:NAME with --pretrained, or --weights FILE"
+            )
+        if self.weights is not None and not self.weights.exists():
+            raise ConfigError(f"no such file: {self.weights}: --weights needs a safetensors file of the backbone")
+        if self.freeze and not self.pretrained and self.weights is None:
+            raise ConfigError(
+                "--freeze without --pretrained or --weights FILE would compare heads on random features: give one"
+            )
         resolve_device(self.device)
 
 
@@ -134,7 +204,7 @@ class Cell:
     """One configuration of a comparison.
 
     Attributes:
-        head: name of the head.
+        head: name of the head, with options; see `head_variant`.
         seed: of the backbone's first weights, of the order of batches and of augmentation.
         folder: where its files are.
     """
@@ -146,14 +216,40 @@ class Cell:
     @property
     def results(self) -> Path:
         """What was measured."""
-        return self.folder / f"{self.head}-seed{self.seed}.json"
+        return self.folder / f"{file_name(self.head)}-seed{self.seed}.json"
 
     @property
     def predictions(self) -> Path:
         """The classes predicted for the test images, int16 (N,)."""
-        return self.folder / f"{self.head}-seed{self.seed}.npy"
+        return self.folder / f"{file_name(self.head)}-seed{self.seed}.npy"
 
 
 def cells(config: CompareConfig, out: Path) -> list[Cell]:
     """The configurations of a comparison, in the order in which they are made: all heads with the first seed first."""
     return [Cell(head, seed, out) for seed in config.seeds for head in config.heads]
+
+
+def file_name(head: str) -> str:
+    """A head with options as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9._+=-]+", "-", head)
+
+
+def _check_head(text: str) -> None:
+    """Raises what is wrong with a head's name or options, before anything is trained."""
+    import torch
+
+    from nnheads.heads import build_head
+
+    name, options = head_variant(text)
+    with torch.random.fork_rng(devices=[]):
+        # Wide, so that no option that depends on the width of embeddings is refused here.
+        build_head(name, 4096, 10, **options)
+
+
+def _named_file(path: Path) -> str:
+    """A file's name and the start of its hash: what tells weights apart without saying where they are."""
+    file = path / "backbone.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        return path.name
+    with file.open("rb") as opened:
+        return f"{path.name} {hashlib.file_digest(opened, 'sha256').hexdigest()[:16]}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nnheads.benchmarks.core50 import find_core50, load_core50
@@ -118,7 +119,13 @@ def list_datasets() -> list[str]:
     return list(DATASETS)
 
 
-def load_dataset(name: str, data_dir: str | Path | None = None, *, progress: Progress | None = None) -> ImageData:
+def load_dataset(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    size: int | None = None,
+    progress: Progress | None = None,
+) -> ImageData:
     """Loads the training and test images of a data set, downloading them on first use.
 
     Args:
@@ -128,6 +135,8 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, progress: Pro
         data_dir: where the data set is: torchvision's layout, or ``train/<class>/*`` and ``test/<class>/*``;
             or the parent of a folder of the data set's name (``cifar10``) that holds either. Default:
             ``$NNHEADS_DATA`` if it has the data set, else `cache_root`, into which it is downloaded.
+        size: side of the images in pixels, to which they are resized; None for the data set's own. Images of
+            ``images:DIR`` are read at that size, not at the 64 pixels that large ones are read at otherwise.
         progress: called during slow steps.
 
     Raises:
@@ -135,11 +144,14 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, progress: Pro
         DataError: if the data are missing, damaged or do not fit together.
     """
     if name.startswith("images:"):
-        return _load_own(_own_folder(name, data_dir), progress)
+        return _load_own(_own_folder(name, data_dir), progress, size)
     preprocessing = _known(name).preprocessing
     train, test = (load_images(name, data_dir, train=part, progress=progress) for part in (True, False))
     if train.class_names != test.class_names:
         raise DataError(f"{name}: train and test have different classes: both need the same folders")
+    if size is not None and (size, size) != preprocessing.size:
+        train, test = (replace(images, images=_resized(images.images, size)) for images in (train, test))
+        preprocessing = replace(preprocessing, size=(size, size))
     return ImageData(train, test, preprocessing)
 
 
@@ -207,7 +219,14 @@ def _own_folder(name: str, data_dir: str | Path | None) -> Path:
     return Path(given or str(data_dir)).expanduser()
 
 
-def _load_own(folder: Path, progress: Progress | None) -> ImageData:
+def _resized(images: Tensor, size: int) -> Tensor:
+    def resize(part: Tensor) -> Tensor:
+        return F.interpolate(part, (size, size), mode="bilinear", antialias=True)
+
+    return torch.cat([resize(part) for part in images.split(1024)])
+
+
+def _load_own(folder: Path, progress: Progress | None, size: int | None = None) -> ImageData:
     if not folder.is_dir():
         raise DataError(f"no such folder: {folder}")
     halves = [part for part in ("train", "test") if has_class_folders(folder / part)]
@@ -218,11 +237,11 @@ def _load_own(folder: Path, progress: Progress | None) -> ImageData:
         )
     if halves:
         check_same_classes(folder / "train", folder / "test")
-        train = from_folder(folder / "train", progress=progress)
+        train = from_folder(folder / "train", size=size, progress=progress)
         preprocessing = _measured(train)
         test = from_folder(folder / "test", preprocessing, progress=progress)
         return ImageData(train, _without_ids(test), preprocessing)
-    whole = from_folder(folder, progress=progress)
+    whole = from_folder(folder, size=size, progress=progress)
     for label, files in enumerate(list_classes(folder).values()):
         if len(files) < 2:
             raise DataError(f"{folder / whole.class_names[label]} has a single image: put at least two there")

@@ -75,6 +75,7 @@ def from_folder(
     preprocessing: Preprocessing | None = None,
     *,
     class_names: Iterable[str] | None = None,
+    size: int | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
     """Loads ``folder/<class>/*`` into memory.
@@ -88,6 +89,7 @@ def from_folder(
             side is above 64 pixels, else 64 x 64; grey if all images are grey, else RGB.
         class_names: the classes that a model knows; labels follow this order and the folder may lack some.
             Default: the folder's classes in alphabetical order.
+        size: side of the images in pixels, where ``preprocessing`` does not say.
         progress: called while decoding.
 
     Raises:
@@ -102,11 +104,16 @@ def from_folder(
         raise DataError(f"{folder} has classes that are not known: {_some(unknown)}; known: {_some(list(names))}")
     files = [file for members in classes.values() for file in members]
     labels = torch.tensor([names.index(name) for name, members in classes.items() for _ in members])
-    return ImageSet(cached_images(files, folder, preprocessing, progress), labels, class_names=names)
+    images = cached_images(files, folder, preprocessing, progress, size)
+    return ImageSet(images, labels, class_names=names)
 
 
 def cached_images(
-    files: list[str], folder: Path, preprocessing: Preprocessing | None, progress: Progress | None = None
+    files: list[str],
+    folder: Path,
+    preprocessing: Preprocessing | None,
+    progress: Progress | None = None,
+    size: int | None = None,
 ) -> Tensor:
     """Decodes images, or takes them from the cache where none of the files has changed.
 
@@ -115,6 +122,7 @@ def cached_images(
         folder: what they are a part of: names them in the cache, with size and channels.
         preprocessing: gives size and channels; None for the images' own, see `from_folder`.
         progress: called while decoding.
+        size: side of the images in pixels, where ``preprocessing`` does not say.
 
     Returns:
         (N, C, H, W) uint8.
@@ -122,7 +130,7 @@ def cached_images(
     Raises:
         DataError: an image cannot be read.
     """
-    form = "natural"
+    form = "natural" if size is None else f"{size}x{size}"
     if preprocessing is not None:
         form = f"{preprocessing.size[0]}x{preprocessing.size[1]}x{preprocessing.channels}"
     key = hashlib.sha256(f"{folder.resolve()}|{form}".encode()).hexdigest()[:20]
@@ -130,7 +138,7 @@ def cached_images(
     fingerprint = _fingerprint(files)
     images = _read_cache(cached, fingerprint, len(files))
     if images is None:
-        images = _decode(files, preprocessing or _natural(files, folder, progress), folder, progress)
+        images = _decode(files, preprocessing or _natural(files, folder, progress, size), folder, progress)
         _write_cache(cached, fingerprint, folder, images)
     return images
 
@@ -169,7 +177,7 @@ def _fingerprint(files: list[str]) -> str:
     return f"{len(files)} {newest} {digest.hexdigest()}"
 
 
-def _natural(files: list[str], folder: Path, progress: Progress | None) -> Preprocessing:
+def _natural(files: list[str], folder: Path, progress: Progress | None, side: int | None) -> Preprocessing:
     def look(file: str) -> tuple[tuple[int, int], bool]:
         from PIL import Image
 
@@ -183,6 +191,7 @@ def _natural(files: list[str], folder: Path, progress: Progress | None) -> Prepr
     found = [pair for part in _in_threads(look, files, f"looking at {folder}", progress) for pair in part]
     sizes = {size for size, _ in found}
     size = found[0][0] if len(sizes) == 1 and max(found[0][0]) <= LARGEST_NATURAL else FALLBACK_SIZE
+    size = size if side is None else (side, side)
     channels = 1 if all(grey for _, grey in found) else 3
     return _form(size, channels)
 

@@ -35,7 +35,14 @@ def show_heads(summary: dict[str, Any]) -> None:
     """Heads on a data set."""
     settings = summary["settings"]
     epochs = settings["epochs"]
-    facts = [f"backbone {settings['backbone']}", f"{epochs} epoch{'s' * (epochs > 1)}", _seeds(summary)]
+    facts = [
+        f"backbone {settings['backbone']}",
+        *(["pretrained"] if settings["pretrained"] else []),
+        *([f"weights {settings['weights']}"] if settings["weights"] else []),
+        *(["frozen"] if settings["freeze"] else []),
+        f"{epochs} epoch{'s' * (epochs > 1)}",
+        _seeds(summary),
+    ]
     screen.line(f"{summary['dataset']}: {', '.join(facts)}")
     screen.table("", *_fitting("head", [(row["head"], row) for row in summary["rows"]], _DATASET), text=_TEXT)
     _explain_spread(summary)

@@ -24,7 +24,11 @@ HEADS = "dense,knn,nca"
 def compare(
     heads: Annotated[
         str | None,
-        typer.Option("--heads", metavar="A,B,...", help=f"Heads to compare; see nnheads list heads (default {HEADS})."),
+        typer.Option(
+            "--heads",
+            metavar="A,B,...",
+            help=f"Heads to compare, also as impostor+centers=tied, or all; see nnheads list heads (default {HEADS}).",
+        ),
     ] = None,
     dataset: Annotated[
         str | None,
@@ -43,6 +47,17 @@ def compare(
         ),
     ] = None,
     backbone: options.Backbone = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Start from the weights published for --backbone torchvision:, timm:.")
+    ] = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", metavar="FILE", help="Start from these weights of the backbone (safetensors)."),
+    ] = None,
+    freeze: Annotated[bool, typer.Option("--freeze", help="Leave the backbone as it is; train heads alone.")] = False,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", min=8, metavar="N", help="Resize images to N x N pixels.")
+    ] = None,
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
     lr: Annotated[
@@ -112,6 +127,16 @@ def compare(
                 raise ConfigError(f"{option} is for --stream: on a data set a head is trained on all classes at once")
         if len(rates) > 1:
             raise ConfigError("several learning rates are for --stream: give one")
+    else:
+        on_dataset = {
+            "--pretrained": pretrained,
+            "--weights": weights is not None,
+            "--freeze": freeze,
+            "--image-size": image_size is not None,
+        }
+        for option, given in on_dataset.items():
+            if given:
+                raise ConfigError(f"{option} is for --dataset: a stream is learned from the first weights on")
     if pick_lr and (len(rates) < 2 or validation is None):
         raise ConfigError(
             "--pick-lr chooses among several rates on held-out images: give --lr 0.03,0.1 --validation 0.1"
@@ -124,10 +149,10 @@ def compare(
     with screen.interruptible(lambda: "nothing"):
         work: Callable[[Path], dict[str, Any]]
         if stream is None:
-            from nnheads.benchmarks.comparison import CompareConfig
+            from nnheads.benchmarks.comparison import CompareConfig, expand_heads
 
             config = CompareConfig(
-                heads=given_heads or options.names("--heads", HEADS),
+                heads=expand_heads(given_heads or options.names("--heads", HEADS)),
                 dataset=dataset or "digits",
                 seeds=given_seeds,
                 backbone=backbone,
@@ -136,6 +161,10 @@ def compare(
                 learning_rate=rates[0] if rates else None,
                 data_dir=data_dir,
                 device=device,
+                pretrained=pretrained,
+                weights=weights,
+                freeze=freeze,
+                image_size=image_size,
             )
             config.check()
 

@@ -1,16 +1,23 @@
 """`nnheads.benchmarks.compare`: what is measured, kept, resumed and refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 import nnheads.training
+from nnheads import list_heads
 from nnheads.benchmarks.compare import MEASURES, RECIPES, CompareConfig, compare
-from nnheads.benchmarks.datasets import DATASETS
+from nnheads.benchmarks.comparison import expand_heads
+from nnheads.benchmarks.datasets import DATASETS, load_dataset
 from nnheads.errors import CheckpointError, ConfigError, UnknownNameError
+from nnheads.weights import build_pretrained, published_statistics
 
 QUICK = CompareConfig(heads=("dense", "knn"), seeds=(0, 1), epochs=1, device="cpu")
 
@@ -135,3 +142,143 @@ def test_every_data_set_has_a_recipe_that_nca_can_train_with() -> None:
     assert set(RECIPES) == set(DATASETS)
     for name, recipe in RECIPES.items():
         assert recipe.batch_size >= 2 * DATASETS[name].classes
+
+
+def test_a_head_may_have_options_of_its_own(tmp_path: Path) -> None:
+    heads = ("impostor", "impostor+centers=fixed+k=5")
+    rows = compare(CompareConfig(heads=heads, epochs=1, device="cpu"), tmp_path)["rows"]
+    assert [row["head"] for row in rows] == list(heads)
+    assert rows[0]["log_loss"] != rows[1]["log_loss"]
+    assert (tmp_path / "impostor+centers=fixed+k=5-seed0.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("impostor+centers", "'centers' in 'impostor.centers' must have the form key=value"),
+        ("impostor+center=tied", "unknown option of head 'impostor' 'center'.*did you mean 'centers'"),
+        ("impostor+k=5+k=6", "gives k twice"),
+        ("impostr+k=5", "unknown head 'impostr'"),
+        ("impostor+centers=lose", "centers must be one of"),
+    ],
+)
+def test_mistakes_in_a_heads_options(head: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compare(CompareConfig(heads=("dense", head), epochs=1, device="cpu"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_stands_for_every_registered_head() -> None:
+    heads = expand_heads(["nngk", "all", "nngk+k=5"])
+    assert heads[0] == "nngk"
+    assert sorted(heads) == sorted([*list_heads(), "nngk+k=5"])
+    CompareConfig(heads=heads).check()
+
+
+# ---- where the backbone starts from ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model, trained on digits."""
+    data = load_dataset("digits")
+    model = nnheads.attach_head(nnheads.build_backbone("convnet", 10, 1), "dense")
+    nnheads.fit(model, data.train, epochs=2, optimizer="adamw", lr=3e-3, device="cpu", progress=False)
+    return nnheads.save(model, tmp_path_factory.mktemp("weights") / "model")
+
+
+def test_frozen_backbones_start_from_a_file_and_stay_as_they_are(
+    tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[nnheads.HeadedModel] = []
+    fit = nnheads.training.fit
+
+    def spy(model: nnheads.HeadedModel, *args: Any, **options: Any) -> Any:
+        made.append(model)
+        return fit(model, *args, **options)
+
+    monkeypatch.setattr(nnheads.training, "fit", spy)
+    heads = ("dense", "nngk", "knn", "nca")
+    config = CompareConfig(heads=heads, epochs=1, device="cpu", freeze=True, weights=trained)
+    rows = {row["head"]: row for row in compare(config, tmp_path)["rows"]}
+    expected = nnheads.load(trained).backbone.state_dict()
+    for model in made:
+        found = model.backbone.state_dict()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # a vote over frozen features has nothing to learn
+    results = {head: json.loads((tmp_path / f"{head}-seed0.json").read_text()) for head in heads}
+    assert [results[head]["gradient_samples"] for head in heads] == [1438, 1438, 0, 0]
+    assert all(rows[head]["accuracy"]["mean"] > 0.85 for head in ("nngk", "knn", "nca"))
+    with pytest.raises(ConfigError, match=r"was made with freeze True, not None"):
+        compare(replace(config, freeze=False), tmp_path, resume=True)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, trained: Path) -> None:
+    file = trained / "backbone.safetensors"
+    with pytest.raises(CheckpointError, match=r"does not fit ResNet9: 'stem.0.weight' is missing and \d+ more"):
+        compare(CompareConfig(heads=("knn",), backbone="resnet9", weights=file, epochs=1), tmp_path)
+    pickled = tmp_path / "weights.pth"
+    torch.save({}, pickled)
+    with pytest.raises(CheckpointError, match=r"pickled weights are not read; save them with safetensors"):
+        compare(CompareConfig(heads=("knn",), weights=pickled, epochs=1), tmp_path / "new")
+    plain = tmp_path / "plain.safetensors"
+    save_file(nnheads.build_backbone("convnet", 7, 1).state_dict(), plain)  # of another number of classes
+    rows = compare(CompareConfig(heads=("knn",), weights=plain, freeze=True), tmp_path / "plain")["rows"]
+    assert rows[0]["accuracy"]["mean"] > 0.5
+
+
+def test_published_weights_are_taken_with_their_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    name = "shufflenet_v2_x0_5"
+    known = torchvision.models.get_model_weights(name).DEFAULT
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    published = torchvision.models.get_model(name).state_dict()
+    torch.save(published, cache / known.url.rpartition("/")[2])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    backbone = build_pretrained(f"torchvision:{name}")
+    assert all(torch.equal(tensor, published[key]) for key, tensor in backbone.state_dict().items())
+    assert published_statistics(f"torchvision:{name}", backbone) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    model = nnheads.attach_head(backbone, "knn", num_classes=4)
+    assert model.head.num_classes == 4
+
+
+def test_weights_that_cannot_be_had_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: Any, **options: Any) -> Any:
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", offline)
+    with pytest.raises(ConfigError, match=r"no weights for 'torchvision:resnet18' \(.*no network.*give the file"):
+        build_pretrained("torchvision:resnet18")
+    with pytest.raises(UnknownNameError, match="did you mean"):
+        build_pretrained("torchvision:resnet180")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pretrained": True}, "'convnet' has no published weights: give --backbone torchvision:NAME"),
+        ({"pretrained": True, "weights": Path("a")}, "not both"),
+        ({"weights": Path("nowhere.safetensors")}, "no such file: nowhere.safetensors"),
+        ({"freeze": True}, "--freeze without --pretrained or --weights"),
+    ],
+)
+def test_mistakes_about_weights(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        CompareConfig(**changes).check()
+
+
+def test_images_are_resized(tmp_path: Path) -> None:
+    data = load_dataset("digits", size=16)
+    assert data.train.images.shape == (1438, 1, 16, 16)
+    assert data.preprocessing.size == (16, 16)
+    data.preprocessing(data.test.images[:2])
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.new("RGB", (90, 70), (9 * number, 200, 3)).save(tmp_path / name / f"{number}.png")
+    own = load_dataset(f"images:{tmp_path}", size=80)
+    assert own.train.images.shape[1:] == (3, 80, 80)
+    assert own.preprocessing.size == (80, 80)

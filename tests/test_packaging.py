@@ -24,7 +24,7 @@ LAYERS: list[list[str]] = [
     ["nnheads.heads", "nnheads.data"],
     ["nnheads.centers", "nnheads.headed", "nnheads.loaders"],
     ["nnheads.attach", "nnheads.averaging", "nnheads.evaluation", "nnheads.explain"],
-    ["nnheads.io", "nnheads.testing"],
+    ["nnheads.io", "nnheads.weights", "nnheads.testing"],
     ["nnheads.training_run"],
     ["nnheads.training"],
     ["nnheads.analysis"],
