@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnheads._nca import NCALoss
+
 Metric = Literal["l2", "l1", "cosine"]
 Vote = Literal["uniform", "distance", "gaussian"]
 
@@ -213,7 +215,8 @@ def nca_loss(
 
     ``p_ij`` is the softmax over j != i of minus the distance of z_i and z_j, ``p_i = sum_j p_ij b_ij`` with b_ij = 1
     where the labels are equal. Anchors without a partner of their class in the batch are left out of the mean; with
-    none at all the loss is a zero that still has a gradient (of zero).
+    none at all the loss is a zero that still has a gradient (of zero). Computed in blocks of rows, loss and gradient in
+    one pass: O(B d) memory, no second derivatives, no gradient at soft labels. Half precision is computed in float32.
 
     Args:
         z: (B, d) embeddings.
@@ -227,20 +230,11 @@ def nca_loss(
     """
     if not len(z):
         return z.sum() * 0
-    d = torch.cdist(z, z)
-    if distance == "sqeuclidean":
-        d = d.square()
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    log_p = (-d).masked_fill(itself, _NEVER).log_softmax(-1)
-    one_hot = F.one_hot(y) if y.dim() == 1 else y
-    same = one_hot.to(z.dtype) @ one_hot.to(z.dtype).T
-    same = same.masked_fill(itself, 0)
-    paired = same.sum(-1) > 0
-    if not bool(paired.any()):
-        return z.sum() * 0
-    log_same = same.clamp_min(torch.finfo(z.dtype).tiny).log().masked_fill(same <= 0, _NEVER)
-    log_p_i = torch.logsumexp(log_p + log_same, dim=-1)[paired]
-    return -log_p_i.mean() if objective == "log" else 1 - log_p_i.exp().mean()
+    if z.dtype in (torch.float16, torch.bfloat16):
+        z = z.float()
+    labels = y if y.dim() == 1 else y.detach().to(z.dtype)
+    loss: Tensor = NCALoss.apply(z, labels, objective == "expected", distance == "euclidean")
+    return loss
 
 
 def influence(k0: Tensor, total: Tensor, y0: Tensor, prediction: Tensor) -> Tensor:

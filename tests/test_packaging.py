@@ -17,6 +17,7 @@ TOP_LEVEL = ("strategies", "benchmarks", "cli")
 # A module imports only from the layers above its own in this list, and from its own; the longest name that fits counts.
 LAYERS: list[list[str]] = [
     ["nnheads.errors"],
+    ["nnheads._nca"],
     ["nnheads.functional", "nnheads.preprocessing", "nnheads.classifier_layer"],
     ["nnheads.devices", "nnheads.interrupt", "nnheads.progress", "nnheads.storage"],
     ["nnheads._faiss"],
@@ -218,7 +219,7 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = _python(code)
     assert done.returncode == 0, done.stderr
-    for command in ("run", "compare", "predict", "eval", "list"):
+    for command in ("run", "compare", "predict", "eval", "bench", "list"):
         assert command in done.stdout
 
 

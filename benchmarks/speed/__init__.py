@@ -1,0 +1,1 @@
+"""What searching, training and growing cost beside their peers; ``nnheads bench``."""

@@ -1,0 +1,74 @@
+"""What ``nnheads bench`` can measure, by name. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, final
+
+from nnheads.errors import unknown_name
+
+if TYPE_CHECKING:
+    from nnheads.benchmarks.speed.harness import Report, Settings
+
+
+@final
+@dataclass(frozen=True)
+class Bench:
+    """A measurement.
+
+    Attributes:
+        name: what ``nnheads bench`` takes.
+        module: in this package, with a function ``rows(settings, report)``.
+        title: what is compared with what.
+        bar: what it is to show.
+    """
+
+    name: str
+    module: str
+    title: str
+    bar: str
+
+
+BENCHES: dict[str, Bench] = {
+    bench.name: bench
+    for bench in (
+        Bench(
+            "nca",
+            "nca",
+            "NCA loss and its gradient beside pytorch-metric-learning's",
+            "time ratio at most 1.0 at every size; peak memory at 8,192 at most 1/8",
+        ),
+        Bench(
+            "startup",
+            "startup",
+            "import nnheads, nnheads --help",
+            "below 0.2 s and 0.5 s",
+        ),
+    )
+}
+
+
+def find_bench(name: str) -> Bench:
+    """A measurement by name; UnknownNameError names those there are."""
+    if name not in BENCHES:
+        raise unknown_name("benchmark", name, [*BENCHES, "embeddings"])
+    return BENCHES[name]
+
+
+def measure(name: str, settings: Settings, report: Report) -> dict[str, Any]:
+    """Make a measurement.
+
+    Args:
+        name: see `BENCHES`.
+        settings: see there.
+        report: gets a line for each case when it is done.
+
+    Returns:
+        What goes to JSON, see `nnheads.benchmarks.speed.harness.document`.
+    """
+    from nnheads.benchmarks.speed.harness import document
+
+    bench = find_bench(name)
+    found = import_module(f"nnheads.benchmarks.speed.{bench.module}").rows(settings, report)
+    return document(bench.name, bench.bar, found, settings)

@@ -1,0 +1,62 @@
+"""The harness of ``nnheads bench``: turns, medians, ratios, what goes to JSON, and the program's own command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from nnheads.benchmarks.speed.harness import OURS, Settings, Timings, document, in_turn
+from nnheads.benchmarks.speed.registry import BENCHES
+from nnheads.cli.main import app
+from nnheads.errors import ConfigError, UnknownNameError
+
+
+def test_contenders_take_turns_after_a_warm_up() -> None:
+    calls: list[str] = []
+
+    def contender(name: str) -> None:
+        calls.append(name)
+        sum(range(200_000))
+
+    timings = in_turn({"a": lambda: contender("a"), "b": lambda: contender("b")}, rounds=3)
+    assert {name: len(seconds) for name, seconds in timings.seconds.items()} == {"a": 3, "b": 3}
+    order = [name for at, name in enumerate(calls) if not at or calls[at - 1] != name]
+    assert order[-6:] == ["a", "b"] * 3
+    with pytest.raises(ConfigError, match="rounds"):
+        in_turn({}, 0)
+
+
+def test_ratios_are_of_the_same_round_and_peers_are_the_others() -> None:
+    timings = Timings({OURS: [1.0, 2, 4], "slow": [10.0, 10, 10], "fast": [2.0, 4, 4], f"{OURS} plain": [0.1] * 3})
+    row = timings.row("case")
+    assert (row["fastest_peer"], row["ratio"]) == ("fast", 0.5)
+    assert row["ms"]["slow"] == 10_000
+
+
+def test_the_document_says_how_and_on_what() -> None:
+    found = document("nca", "a bar", [{"case": "x", "met": True}, {"case": "y"}], Settings(rounds=7))
+    assert found["met"] == "1 of 1"
+    assert found["rounds"] == 7
+    assert {"torch", "faiss", "python", "scikit-learn", "pytorch-metric-learning"} <= set(found["versions"])
+    assert "/" not in found["device"] + found["processor"]
+
+
+def test_the_command_lists_measures_and_names_mistakes(tmp_path: Path) -> None:
+    listed = CliRunner().invoke(app, ["bench"])
+    assert listed.exit_code == 0
+    assert all(name in listed.output for name in BENCHES)
+    pytest.importorskip("pytorch_metric_learning")
+    out = tmp_path / "nca.json"
+    arguments = ["bench", "nca", "--quick", "--rounds", "2", "--only", "batch 256, d 64", "--out", str(out)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert [row["case"] for row in json.loads(out.read_text())["rows"]] == ["batch 256, d 64"]
+    for wrong, kind in (
+        (["ncaa"], UnknownNameError),
+        (["nca", "--rounds", "0"], ConfigError),
+        (["embeddings"], ConfigError),
+    ):
+        assert isinstance(CliRunner().invoke(app, ["bench", *wrong]).exception, kind)
