@@ -6,13 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, Final, Literal, final
 
 from nnheads.errors import ConfigError, unknown_name
 from nnheads.strategies.registry import StrategySpec
 
 if TYPE_CHECKING:
     from nnheads.benchmarks.specs import StreamSpec
+
+CENTER_BYTES: Final = 16
+"""Bytes a center of the strategy ``impostor`` takes where exemplars are compressed, unless the user says otherwise."""
 
 
 @final
@@ -35,7 +38,8 @@ class RunConfig:
         scenario: ``"class"``, or ``"task"``: at test the classes outside the sample's experience are masked.
         device: see `nnheads.devices.resolve_device`.
         precision: see `nnheads.devices.resolve_precision`.
-        head_options: options of the head.
+        head_options: options of the head. Where strategy ``impostor`` compresses exemplars, ``bytes_per_center`` is 16
+            unless given; 0 keeps centers as they are.
         ema: decay of averaged weights that take the place of the trained ones after each experience; for strategies of
             our own. None: what the strategy proposes, 0.99 for ``impostor``; 0: none.
         exemplar_bytes: bytes an exemplar's image is compressed to, lossy WebP; for strategies of our own. ``memory`` is
@@ -121,6 +125,10 @@ class RunConfig:
         images = self.strategy_options.get("exemplars") is not False  # to embed by other weights, and to compress
         ema = strategy.ema if images else 0.0
         exemplar_bytes = stream.exemplar_bytes if images and strategy.compresses else 0
+        exemplar_bytes = exemplar_bytes if self.exemplar_bytes is None else self.exemplar_bytes
+        if exemplar_bytes and strategy.compresses and "bytes_per_center" in known:
+            # Raw, a center would take as much as its compressed image or more.
+            head_options = {"bytes_per_center": CENTER_BYTES, **head_options}
         return replace(
             self,
             head=head,
@@ -131,7 +139,7 @@ class RunConfig:
             replay_batch=batch_size if self.replay_batch is None else self.replay_batch,
             memory=self.memory or stream.memory,
             ema=ema if self.ema is None else self.ema,
-            exemplar_bytes=exemplar_bytes if self.exemplar_bytes is None else self.exemplar_bytes,
+            exemplar_bytes=exemplar_bytes,
             learning_rate=self.learning_rate or stream.learning_rate,
         )
 

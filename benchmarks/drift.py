@@ -212,7 +212,7 @@ def _predict(head: KernelVoteHead, z: Tensor) -> Tensor:
 def _affected(head: KernelVoteHead, kind: Kind, what: tuple[Tensor, ...]) -> Tensor:
     """Keys of the centers that count a dropped center, or will count an added one, among their neighbours."""
     held = len(head.memory)
-    keys = head.memory.keys[:held]
+    keys = head.memory.all_keys()
     found = head.neighbors(keys)
     if kind == "drop":
         hit = torch.isin(found.ids, what[0]).any(1) & ~torch.isin(head.memory.ids[:held], what[0])

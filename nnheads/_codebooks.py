@@ -78,11 +78,12 @@ def _settle(clustering: Any, seed: int) -> None:
     clustering.min_points_per_centroid = 1  # below 39 FAISS prints a warning a part, straight to stderr
 
 
-def train_codebooks(points: Tensor, parts: int, bits: int, seed: int) -> Tensor:
-    """(M, 2**bits, p) codewords of spread-out rows, by FAISS's k-means."""
+def train_codebooks(points: Tensor, parts: int, bits: int, seed: int, rounds: int) -> Tensor:
+    """(M, 2**bits, p) codewords of spread-out rows, by so many rounds of FAISS's k-means."""
     faiss = load_faiss()
     quantizer = faiss.ProductQuantizer(points.shape[1], parts, bits)
     _settle(quantizer.cp, seed)
+    quantizer.cp.niter = rounds
     quantizer.train(points.contiguous().numpy())
     trained: Tensor = torch.from_numpy(faiss.vector_to_array(quantizer.centroids).copy())
     return trained.view(parts, 2**bits, -1)

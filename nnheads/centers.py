@@ -126,7 +126,7 @@ def best_predicted(head: Head, n: int, *, balanced: bool = False) -> Tensor:
     held = len(memory)
     _at_most(n, held, "best_predicted")
     ids, labels = memory.ids[:held], memory.labels[:held]
-    scores = log_probs_of(head, memory.keys[:held], labels, ids)
+    scores = log_probs_of(head, memory.all_keys(), labels, ids)
     if not balanced:
         return ids[scores.argsort(descending=True, stable=True)[:n]]
     counts = torch.bincount(labels, minlength=memory.num_classes)
@@ -208,7 +208,7 @@ class CenterSet:
         self.redistribute = redistribute
         self.ridge = ridge
         self.k = head.k
-        self.keys = memory.keys[:held]
+        self.keys = memory.all_keys()
         self.labels = memory.values_at(torch.arange(held, device=self.keys.device))
         self.sigma = head.width().detach()
         log_w = head.log_weights_of_rows(torch.arange(held, device=self.keys.device))

@@ -77,7 +77,7 @@ class Index(ABC):
         source = keys.detach()
         offset = self._offsets(source, active, None)
         self._source, self._active, self._offset = source, active, offset
-        self._keys = _unit(source) if self.metric == "cosine" else source
+        self._keys = unit_rows(source) if self.metric == "cosine" else source
         self._changed()
 
     def update(self, rows: Tensor) -> None:
@@ -98,7 +98,7 @@ class Index(ABC):
         rows = rows.to(source.device).flatten()
         self._offset[rows] = self._offsets(source, self._active, rows)
         if self.metric == "cosine":
-            self._keys[rows] = _unit(source[rows])
+            self._keys[rows] = unit_rows(source[rows])
         self._changed()
 
     def search(self, queries: Tensor, k: int) -> Tensor:
@@ -132,7 +132,7 @@ class Index(ABC):
         if found and len(wanted):
             with torch.autocast(keys.device.type, enabled=False):
                 if self.metric == "cosine":
-                    wanted = _unit(wanted)
+                    wanted = unit_rows(wanted)
                 rows[:, :found] = self._nearest(wanted, found)
         return rows.to(queries.device)
 
@@ -270,7 +270,8 @@ def build_index(engine: Engine = "auto", metric: Metric = "l2") -> Index:
     return engines[engine](metric)
 
 
-def _unit(vectors: Tensor) -> Tensor:
+def unit_rows(vectors: Tensor) -> Tensor:
+    """Rows scaled to unit length."""
     return torch.nn.functional.normalize(vectors, dim=1)  # a vector of zeros stays one: cosine 0, as scikit-learn
 
 

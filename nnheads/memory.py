@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .coding import MIN_ROWS, Coder, Coding
 from .errors import ShapeError
 
 #: Width of an extra column: 0 for one number a row, n for a vector of n, "classes" for one number a class.
 ColumnWidth = int | Literal["classes"]
+
+_QUANTIZER: Final = "quantizer_"  # what the names of the codebooks' tensors begin with in a state dict
 
 
 class Memory(nn.Module):
@@ -25,31 +28,48 @@ class Memory(nn.Module):
     Everything is a buffer: nothing here is a parameter, a state dict holds the filled rows only and loads into a memory
     of any size.
 
+    With a ``coding`` keys are kept as codes of a few bytes (`Coder`) and are read through `keys_at`, decoded. Between
+    `expand` and `compress`, and below 16 samples, they are kept as they are.
+
     Args:
         dim: width d of the keys.
         num_classes: number of classes C; `widen` raises it.
         columns: further numbers kept with each row, by name, for instance ``{"log_weight": 0}``.
+        coding: how keys are compressed; None: not at all.
 
     Attributes:
-        keys: (capacity, d) float buffer; rows from ``len(memory)`` on are zero.
+        keys: (capacity, d) float buffer; rows from ``len(memory)`` on are zero. (0, d) while keys are codes.
+        codes: (capacity, bytes) uint8 buffer of a memory with a ``coding``; (0, 0) while keys are as they are.
+        coder: what makes the codes; None without a ``coding``.
         labels: (capacity,) int64, the label given.
         ids: (capacity,) int64.
         active: (capacity,) bool, True for the rows that hold a sample; not saved, it is the first ``len(memory)``.
     """
 
     keys: Tensor
+    codes: Tensor
     active: Tensor
     labels: Tensor
     ids: Tensor
     soft_row: Tensor
     soft: Tensor
 
-    def __init__(self, dim: int, num_classes: int, columns: Mapping[str, ColumnWidth] | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        columns: Mapping[str, ColumnWidth] | None = None,
+        coding: Coding | None = None,
+    ) -> None:
         super().__init__()
         self.dim = dim
         self.num_classes = num_classes
         self.columns: dict[str, ColumnWidth] = dict(columns or {})
         self.register_buffer("keys", torch.zeros(0, dim))
+        self.coder = None if coding is None else Coder(coding, dim)
+        if self.coder is not None:
+            self.register_buffer("codes", torch.zeros(0, 0, dtype=torch.uint8))
+        self._expanded = False  # until `compress`, rows are kept as they come
         self.register_buffer("active", torch.zeros(0, dtype=torch.bool), persistent=False)
         self.register_buffer("labels", torch.zeros(0, dtype=torch.long))
         self.register_buffer("ids", torch.zeros(0, dtype=torch.long))
@@ -74,12 +94,30 @@ class Memory(nn.Module):
     @property
     def capacity(self) -> int:
         """Rows the buffers have room for before they grow."""
-        return self.keys.shape[0]
+        return self.labels.shape[0]
 
     @property
     def bytes(self) -> int:
-        """Bytes of the rows held: keys, labels, ids, soft labels and columns; what a state dict holds."""
+        """Bytes of the rows held: keys or codes and codebooks, labels, ids, soft labels and columns; what a state dict
+        holds."""
         return sum(t.numel() * t.element_size() for t in self._filled().values())
+
+    @property
+    def coded(self) -> bool:
+        """Whether keys are kept as codes now."""
+        return self.coder is not None and self.codes.shape[1] > 0
+
+    @torch.no_grad()
+    def keys_at(self, rows: Tensor) -> Tensor:
+        """Keys of rows (...,) int64 as (..., d), decoded where they are codes. Row -1 gives any."""
+        safe = rows.clamp_min(0)
+        if self.coder is None or not self.coded:
+            return self.keys[safe]
+        return self.coder.decode(self.codes[safe]).to(self.keys.dtype)
+
+    def all_keys(self) -> Tensor:
+        """Keys (len, d) of all samples held, decoded where they are codes."""
+        return self.keys_at(torch.arange(self._count, device=self.ids.device))
 
     def column(self, name: str) -> Tensor:
         """The (capacity, ...) buffer of an extra column, to be read or written by row."""
@@ -165,9 +203,9 @@ class Memory(nn.Module):
             self._count += count
             self.active[rows] = True
             self._moved()
-        self.keys[rows] = keys
         self.labels[rows] = labels
         self.ids[rows] = ids
+        self._put(rows, keys)
         self._forget_soft(rows)
         for name in self.columns:
             self.column(name)[rows] = 0
@@ -175,13 +213,44 @@ class Memory(nn.Module):
         self._next_id = max(self._next_id, int(ids.max()) + 1)
         if soft is not None:
             self.relabel(ids, F.pad(soft, (0, self.num_classes - soft.shape[1])))
+        self._tend()
         return given
 
     @torch.no_grad()
     def write(self, rows: Tensor, keys: Tensor) -> None:
         """Overwrite the keys of rows (n,) with (n, d) values; labels stay. For training loops: nothing is checked."""
-        self.keys[rows] = keys.to(self.keys.dtype)
+        self._put(rows, keys.to(self.keys.dtype))
         self.touch(rows)
+        self._tend()
+
+    @torch.no_grad()
+    def expand(self) -> None:
+        """Keep keys as they come until `compress`, as they are about to be written anew; nothing without a coding."""
+        if self.coder is None:
+            return
+        if self.coded:
+            keys = self.keys.new_zeros(self.capacity, self.dim)
+            keys[: self._count] = self.all_keys()
+            self._hold(keys, self.codes.new_zeros(0, 0))
+        self._expanded = True
+
+    @torch.no_grad()
+    def compress(self) -> None:
+        """Turn keys into codes; nothing without a coding. Codebooks that do not fit any more are trained anew."""
+        if self.coder is None:
+            return
+        self._expanded = False
+        if self.coded:
+            if self.coder.outdated():
+                self._retrain()
+        elif self._count >= MIN_ROWS:
+            keys = self.keys[: self._count]
+            if not self.coder.fits(keys):
+                self.coder.fit(keys)
+            self._encode(keys)
+        elif self._count:
+            self.coder.too_few(self._count)
+        self.coder.forget_recent()
 
     @torch.no_grad()
     def drop(self, ids: Tensor) -> None:
@@ -196,6 +265,8 @@ class Memory(nn.Module):
         rows = self._known_rows(ids.to(self.ids.device).unique())
         if not len(rows):
             return
+        if self.coder is not None:
+            self.coder.forget(ids)
         self._forget_soft(rows)
         keep = self._count - len(rows)
         dropped = torch.zeros(self._count, dtype=torch.bool, device=rows.device)
@@ -236,10 +307,13 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def clear(self) -> None:
-        """Forget every sample and release the space."""
+        """Forget every sample, and codebooks, and release the space."""
         for name in [*self._row_buffers(), "active", "soft"]:
             buffer = self.get_buffer(name)
             setattr(self, name, buffer.new_zeros(0, *buffer.shape[1:]))
+        if self.coder is not None:
+            self.codes = self.codes.new_zeros(0, 0)
+            self.coder.reset()
         self._count = 0
         self._moved()
         self._changed = None
@@ -264,11 +338,59 @@ class Memory(nn.Module):
         return (width,) if width else ()
 
     def _row_buffers(self) -> list[str]:
-        return ["keys", "labels", "ids", "soft_row", *(f"column_{name}" for name in self.columns)]
+        keys = "codes" if self.coded else "keys"
+        return [keys, "labels", "ids", "soft_row", *(f"column_{name}" for name in self.columns)]
 
     def _filled(self) -> dict[str, Tensor]:
         filled = {name: self.get_buffer(name)[: self._count] for name in self._row_buffers()}
+        if self.coder is not None:
+            filled |= {"keys": self.keys[: self._count], "codes": self.codes[: self._count]}
+            filled |= {_QUANTIZER + name: tensor for name, tensor in self.coder.state().items()}
         return {**filled, "soft": self.soft}
+
+    def _put(self, rows: Tensor, keys: Tensor) -> None:
+        """Write keys (n, d), as codes where keys are codes."""
+        if self.coder is None or not self.coded:
+            self.keys[rows] = keys
+            return
+        self.codes[rows] = self.coder.encode(keys)
+        self.coder.note(self.ids[rows], keys)
+
+    def _tend(self) -> None:
+        """After rows were written: compress them, or train the codebooks anew, where it is time."""
+        if self.coder is None or self._expanded:
+            return
+        if not self.coded and self._count >= MIN_ROWS:
+            keys = self.keys[: self._count]
+            self.coder.fit(keys)
+            self.coder.note(self.ids[: self._count], keys)
+            self._encode(keys)
+        elif self.coder.due(self._count):
+            self._retrain()
+
+    def _retrain(self) -> None:
+        """Codebooks for the embeddings as they are now. Rows written lately are encoded as they came, others as they
+        were decoded."""
+        assert self.coder is not None
+        keys = self.all_keys()
+        ids, recent = self.coder.recent()
+        rows = self.rows_of(ids)
+        keys[rows[rows >= 0]] = recent[rows >= 0].to(keys.dtype)
+        # Where most rows are stale, what was written lately is what the next will be like.
+        fresh = len(recent) >= max(2**self.coder.coding.bits * 8, self._count // 16)
+        self.coder.fit(recent if fresh else keys, self._count)
+        self._encode(keys)
+
+    def _encode(self, keys: Tensor) -> None:
+        assert self.coder is not None
+        codes = self.coder.encode(keys)
+        buffer = codes.new_zeros(self.capacity, codes.shape[1])
+        buffer[: self._count] = codes
+        self._hold(self.keys.new_zeros(0, self.dim), buffer)
+
+    def _hold(self, keys: Tensor, codes: Tensor) -> None:
+        self.keys, self.codes = keys, codes
+        self._changed = None
 
     def _checked(self, keys: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         if keys.dim() != 2 or keys.shape[1] != self.dim:
@@ -332,9 +454,17 @@ class Memory(nn.Module):
         self._sorted = None
         self.layout += 1
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Memory:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.coder is not None:
+            self.coder.to(self.keys.device)
+        return self
+
     # ---- state ---------------------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self._expanded:
+            self.compress()  # in the middle of a refresh: keys that are to be codes are never saved as they are
         for name, tensor in self._filled().items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
@@ -348,7 +478,9 @@ class Memory(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = [*self._row_buffers(), "soft"]
+        own = [*self._row_buffers(), "soft"]
+        codes = ["codes"] if self.coder is not None and prefix + "codes" in state_dict else []
+        names = ["keys", *codes, *own[1:]]
         missing = [prefix + name for name in names if prefix + name not in state_dict]
         if missing:
             missing_keys.extend(missing)
@@ -363,10 +495,18 @@ class Memory(nn.Module):
             incoming[name] = F.pad(incoming[name], (0, more))
         for name, tensor in incoming.items():
             setattr(self, name, tensor.detach().to(self.get_buffer(name), copy=True))
-        self._count = len(self.keys)
+        self._count, self._expanded = len(self.labels), False
+        quantizer = [key for key in state_dict if key.startswith(prefix + _QUANTIZER)]
+        if self.coder is not None:
+            state = {key.removeprefix(prefix + _QUANTIZER): state_dict[key].detach().clone() for key in quantizer}
+            self.coder.load_state(state, self.keys.device)
+            if not codes:
+                self.codes = self.codes.new_zeros(0, 0)
         self.active = torch.ones(self._count, dtype=torch.bool, device=self.keys.device)
         self._next_id = max(self._next_id, int(self.ids.max()) + 1 if self._count else 0)
         self._moved()
         self._changed = None
-        known = {prefix + name for name in names}
+        if self.coder is not None and not self.coded:
+            self.compress()  # saved by a memory without a coding
+        known = {prefix + name for name in names} | set(quantizer if self.coder is not None else [])
         unexpected_keys.extend(k for k in state_dict if strict and k.startswith(prefix) and k not in known)

@@ -414,10 +414,12 @@ def _add_and_drop(name: str, options: dict[str, Any]) -> None:
     head.add(far[1:], torch.tensor([1]), new[:1])
     _expect(len(head.memory) == len(ids) + 2, "an id added twice must replace its row")
     gone = torch.cat([ids[3:9], new])
-    keys = head.memory.keys[head.memory.rows_of(gone)].flatten()
+    keys = head.memory.keys_at(head.memory.rows_of(gone)).flatten()
     head.drop(gone)
     _expect(not bool(torch.isin(head.neighbors(z, k=len(z)).ids, gone).any()), "a dropped sample is found")
     for key, part in head.state_dict().items():
+        if "quantizer" in key:  # codebooks are trained with the samples, as weights are
+            continue
         whole = torch.empty(0, dtype=part.dtype).set_(part.untyped_storage())  # with what the tensor does not show
         _expect(not whole.is_floating_point() or not bool(torch.isin(whole, keys[keys != 0]).any()), f"{key} remembers")
     state = _state(head)

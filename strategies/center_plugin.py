@@ -14,7 +14,7 @@ from nnheads.data import BatchLoader, ImageSet
 from nnheads.errors import ConfigError, DataError
 from nnheads.headed import HeadedModel
 from nnheads.strategies.averaged import averaged_copy
-from nnheads.strategies.budget import center_bytes
+from nnheads.strategies.budget import center_bytes, centers_within
 from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.center_data import (
     evaluation_batches,
@@ -267,9 +267,10 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
         if budget is None:
             assert self.budget_bytes is not None
             image = ExemplarBuffer(1, shape).row_bytes
-            each = image + center_bytes(kernel_head(model), self.rules.redistribute != "none")
-            budget = self.budget_bytes // each
+            soft = self.rules.redistribute != "none"
+            budget = centers_within(self.budget_bytes, kernel_head(model), image, soft)
             if not budget:
+                each = image + center_bytes(kernel_head(model), soft, 1)
                 raise ConfigError(
                     f"a budget of {self.budget_bytes} bytes does not hold a single center of {each} bytes"
                 )

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from nnheads.benchmarks.config import RunConfig
 from nnheads.benchmarks.runner import run
+from nnheads.benchmarks.specs import stream_spec
 from nnheads.data import ImageSet
 from nnheads.errors import ConfigError
 from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.codec import WebPCodec
+from nnheads.strategies.registry import strategy_spec
 
 SHAPE = (3, 32, 32)
 
@@ -114,5 +116,21 @@ def test_a_run_with_compressed_exemplars_stays_within_the_bytes_of_its_memory(tm
         if exemplar_bytes:
             assert found["memory_bytes"] <= 20 * 3072
             assert found["memory_bytes"] > 0.9 * 20 * 3072
+        assert found["config"]["head_options"].get("bytes_per_center") == (16 if exemplar_bytes else None)
     assert kept[0] == 20
-    assert kept[384] > 40
+    assert kept[384] > 80
+
+
+def test_centers_are_compressed_beside_exemplars_unless_the_user_says_otherwise() -> None:
+    def options(**settings: object) -> object:
+        config = RunConfig(**{"stream": "split-cifar10", "strategy": "impostor", **settings})  # type: ignore[arg-type]
+        resolved = config.resolve(stream_spec(config.stream), strategy_spec(config.strategy))
+        return resolved.head_options.get("bytes_per_center", "raw")
+
+    assert options() == 16
+    assert options(head="nngk") == 16
+    assert options(head="kernel") == "raw"  # it has no such option
+    assert options(exemplar_bytes=0) == "raw"
+    assert options(strategy="replay", exemplar_bytes=384) == "raw"
+    for own in (32, 0, None):
+        assert options(head_options={"bytes_per_center": own}) == own

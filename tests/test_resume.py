@@ -79,8 +79,14 @@ def test_a_polite_kill_says_how_to_go_on_and_the_command_does(tmp_path: Path) ->
     assert found["accuracy_matrix"] == whole["accuracy_matrix"]
 
 
-def test_killed_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = run(QUICK)
+CODED = replace(QUICK, strategy="impostor", memory=400, head_options={"bytes_per_center": 8})
+
+
+@pytest.mark.parametrize("config", [QUICK, CODED], ids=["replay", "compressed-centers"])
+def test_killed_while_a_checkpoint_is_written(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(config)
     original, calls = nnheads.storage.write_text, 0
 
     def fail(path: Path, text: str) -> None:
@@ -93,13 +99,15 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(nnheads.storage, "write_text", fail)
     with pytest.raises(KeyboardInterrupt):
-        run(QUICK, checkpoint=tmp_path / "state")
+        run(config, checkpoint=tmp_path / "state")
     assert experiences_done(tmp_path / "state") == 2
     # what a kill in the middle of a save leaves beside the checkpoint is never taken for one
     left = tmp_path / ".state.abc.partial"
     left.mkdir()
     (left / "run.json").write_text("{")
-    assert run(QUICK, checkpoint=tmp_path / "state", resume=True)["accuracy_matrix"] == whole["accuracy_matrix"]
+    found = run(config, checkpoint=tmp_path / "state", resume=True)
+    for key in ("accuracy_matrix", "memory_parts"):
+        assert found[key] == whole[key]
 
 
 def test_a_model_that_was_saved_before_the_kill_is_no_hindrance(

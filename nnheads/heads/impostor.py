@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import one_of, positive
+from .compressed import coding_of
 from .kernel_vote import KernelVoteHead
 from .registry import register_head
 
@@ -36,6 +37,8 @@ class ImpostorHead(KernelVoteHead):
         auxiliary: share of a dense layer's cross-entropy in `loss`, see `KernelVoteHead`; 0 is the paper's own loss.
         normalize: scale embeddings to unit length.
         engine: see `nnheads.index.build_index`.
+        bytes_per_center, rotation, code_bits: compressed centers, see `coding_of`. Loose ones then follow their ties
+            alone: steps of the vote are smaller than the cells of a code.
     """
 
     def __init__(
@@ -52,6 +55,9 @@ class ImpostorHead(KernelVoteHead):
         auxiliary: float = 0.75,
         normalize: bool = False,
         engine: Literal["auto", "torch", "faiss"] = "auto",
+        bytes_per_center: int | None = None,
+        rotation: str = "none",
+        code_bits: Literal[4, 8] = 8,
     ) -> None:
         super().__init__(
             in_features,
@@ -62,6 +68,7 @@ class ImpostorHead(KernelVoteHead):
             auxiliary=auxiliary,
             normalize=normalize,
             engine=engine,
+            coding=coding_of(self.name, bytes_per_center, rotation, code_bits, in_features),
         )
         one_of("impostor", "centers", centers, ("loose", "tied", "fixed"))
         positive("impostor", "tie", tie, zero=True)
@@ -93,6 +100,7 @@ class ImpostorHead(KernelVoteHead):
             "auxiliary": self.auxiliary,
             "normalize": self.normalize,
             "engine": self.engine,
+            **self._coding_config(),
         }
 
     def loss(self, z: Tensor, y: Tensor, *, ids: Tensor | None = None) -> Tensor:
@@ -110,6 +118,11 @@ class ImpostorHead(KernelVoteHead):
             z, own = z[own >= 0], own[own >= 0]
             if not len(own):
                 return loss
+            if self.memory.coded:
+                centers = self.memory.keys_at(own)
+                if self.training and torch.is_grad_enabled():
+                    self.memory.write(own, centers.lerp(z.detach(), self.center_lr))
+                return loss + self.tie * (z - centers).square().sum(-1).mean()
             # Whatever lambda, a center goes center_lr of the way to its sample; once, also where replay put the sample
             # into the batch several times.
             repeats = (own.unsqueeze(1) == own).sum(1, keepdim=True)
@@ -117,7 +130,7 @@ class ImpostorHead(KernelVoteHead):
             return loss + self.tie * (z - centers).square().sum(-1).mean()
 
     def _centers(self, rows: Tensor) -> Tensor:
-        if self.centers != "loose":
+        if self.centers != "loose" or self.memory.coded:
             return super()._centers(rows)
         # The gradient of the vote is in units of distance / sigma^2. With a step of a fixed size, a narrow kernel would
         # throw the centers out of reach; this way center_lr is a share of the way to the samples that pull.

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..coding import Coding
 from ..errors import ConfigError
 from ..functional import class_log_probs, kernel_log_weights, squared_distances
 from .dense_objective import DenseObjective
@@ -32,7 +33,7 @@ class KernelVoteHead(MemoryHead):
         sigma: width: a number, ``"auto"`` or ``"learned"``, see `Width`.
         floor: smallest probability of a class, see `nnheads.functional.class_log_probs`.
         auxiliary: share of a dense layer's cross-entropy in `loss`, 0 or more and below 1.
-        k, normalize, engine, columns: see `MemoryHead`.
+        k, normalize, engine, columns, coding: see `MemoryHead`.
     """
 
     differentiable = True
@@ -55,8 +56,11 @@ class KernelVoteHead(MemoryHead):
         normalize: bool,
         engine: Literal["auto", "torch", "faiss"],
         columns: dict[str, int | Literal["classes"]] | None = None,
+        coding: Coding | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, k=k, normalize=normalize, engine=engine, columns=columns)
+        super().__init__(
+            in_features, num_classes, k=k, normalize=normalize, engine=engine, columns=columns, coding=coding
+        )
         if not 0 < floor < 1 / max(2, num_classes):
             raise ConfigError(
                 f"head {self.name!r}: floor must be above 0 and below 1/{max(2, num_classes)}, got {floor!r}"
@@ -92,7 +96,7 @@ class KernelVoteHead(MemoryHead):
 
     def _centers(self, rows: Tensor) -> Tensor:
         """(B, k, d) centers at rows (B, k)."""
-        return self.memory.keys[rows.clamp_min(0)]
+        return self.memory.keys_at(rows)
 
     def _log_w(self, rows: Tensor) -> Tensor | None:
         """(B, k) logarithm of the per-sample weights, None where there are none."""

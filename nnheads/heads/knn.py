@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..functional import Metric, Vote
 from .base import positive
+from .compressed import coding_of
 from .dense_objective import DenseObjective
 from .registry import register_head
 from .voting import VotingHead
@@ -32,6 +33,7 @@ class KNNHead(VotingHead):
             holds the projections, so a refresh must cover all of them. None for no projection.
         normalize: scale embeddings to unit length.
         engine: see `nnheads.index.build_index`.
+        bytes_per_center, rotation, code_bits: compressed centers, see `coding_of`.
     """
 
     components: Tensor
@@ -50,6 +52,9 @@ class KNNHead(VotingHead):
         smoothing: float = 1.0,
         normalize: bool = False,
         engine: Literal["auto", "torch", "faiss"] = "auto",
+        bytes_per_center: int | None = None,
+        rotation: str = "none",
+        code_bits: Literal[4, 8] = 8,
     ) -> None:
         if pca is not None:
             positive("knn", "pca", pca, integer=True)
@@ -65,6 +70,7 @@ class KNNHead(VotingHead):
             metric=metric,
             normalize=normalize,
             engine=engine,
+            coding=coding_of(self.name, bytes_per_center, rotation, code_bits, pca or in_features),
             dim=pca,
         )
         self.pca = pca
@@ -74,7 +80,7 @@ class KNNHead(VotingHead):
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
 
     def config(self) -> dict[str, Any]:
-        return {"k": self.k, "metric": self.metric, "pca": self.pca, **self._vote_config()}
+        return {"k": self.k, "metric": self.metric, "pca": self.pca, **self._vote_config(), **self._coding_config()}
 
     def loss(self, z: Tensor, y: Tensor, *, ids: Tensor | None = None) -> Tensor:
         """Cross-entropy of the dense layer that trains the backbone; arguments as in `Head.loss`."""

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..code_index import CodeIndex
+from ..coding import Coding
 from ..errors import EmptyMemoryError
 from ..functional import Metric, neighbor_distances
 from ..index import Index, build_index
@@ -51,6 +53,7 @@ class MemoryHead(Head):
         engine: search engine, see `nnheads.index.build_index`.
         columns: further numbers stored with each row, see `Memory`.
         dim: width of the stored keys where it is not ``in_features``.
+        coding: how keys are compressed, None for not at all; see `coding_of`.
     """
 
     uses_memory = True
@@ -66,6 +69,7 @@ class MemoryHead(Head):
         engine: Literal["auto", "torch", "faiss"] = "auto",
         columns: Mapping[str, ColumnWidth] | None = None,
         dim: int | None = None,
+        coding: Coding | None = None,
     ) -> None:
         super().__init__(in_features, num_classes)
         positive(self.name, "k", k, integer=True)
@@ -74,9 +78,9 @@ class MemoryHead(Head):
         self.metric: Metric = metric
         self.normalize = normalize
         self.engine: Literal["auto", "torch", "faiss"] = engine
-        self.memory = Memory(dim or in_features, num_classes, columns)
+        self.memory = Memory(dim or in_features, num_classes, columns, coding)
         self._refreshing = False
-        self._index: Index | None = build_index(engine, metric)
+        self._index: Index | CodeIndex | None = build_index(engine, metric)
         self._indexed: Tensor | None = None  # the key buffer the index was built on
         self._warned = False
 
@@ -104,9 +108,11 @@ class MemoryHead(Head):
 
     def begin_refresh(self, *, replace: bool = False) -> None:
         self._refreshing = not replace
+        self.memory.expand()
 
     def refreshed(self) -> None:
         self._refreshing = False
+        self.memory.compress()
 
     def add(self, z: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
         """Store samples without any training.
@@ -155,7 +161,7 @@ class MemoryHead(Head):
         if not len(self.memory):
             empty = torch.zeros(rows.shape, dtype=z.dtype, device=z.device)
             return Neighbors(rows, rows, rows, empty + math.inf, empty)
-        distances = neighbor_distances(z, self.memory.keys[held].to(z.dtype), self.metric)
+        distances = neighbor_distances(z, self.memory.keys_at(held).to(z.dtype), self.metric)
         return Neighbors(
             rows,
             self.memory.ids[held].where(valid, -1),
@@ -210,13 +216,19 @@ class MemoryHead(Head):
         if k < 1:
             return self.memory.keys.new_zeros(0, 1)
         rows = torch.linspace(0, held - 1, min(held, samples), device=self.memory.keys.device).long()
-        keys = self.memory.keys[rows]
+        keys = self.memory.keys_at(rows)
         found = self._search(keys, self.memory.ids[rows].unsqueeze(1), k)
-        return neighbor_distances(keys, self.memory.keys[found], self.metric).square()
+        return neighbor_distances(keys, self.memory.keys_at(found), self.metric).square()
 
-    def _current_index(self) -> Index:
-        if self._index is None:
-            self._index = build_index(self.engine, self.metric)
+    def _current_index(self) -> Index | CodeIndex:
+        memory = self.memory
+        if memory.coder is not None and memory.coder.quantizer is not None and memory.coded:
+            if not isinstance(self._index, CodeIndex):
+                self._index = CodeIndex(self.metric)
+            self._index.build(memory.codes[: len(memory)], memory.coder.quantizer)
+            return self._index
+        if self._index is None or isinstance(self._index, CodeIndex):
+            self._index, self._indexed = build_index(self.engine, self.metric), None
         changed = self.memory.take_changes()
         if changed is None or self._indexed is not self.memory.keys:
             self._index.build(self.memory.keys, self.memory.active)
@@ -224,6 +236,15 @@ class MemoryHead(Head):
         elif len(changed):
             self._index.update(changed)
         return self._index
+
+    def _coding_config(self) -> dict[str, Any]:
+        """The options of compressed centers, for `config`."""
+        coding = Coding(0) if self.memory.coder is None else self.memory.coder.coding
+        return {
+            "bytes_per_center": coding.bytes_per_row or None,
+            "rotation": coding.rotation,
+            "code_bits": coding.bits,
+        }
 
     def _uniform(self, z: Tensor) -> Tensor:
         """What an empty memory answers: in evaluation all classes alike; in training it is an error."""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .base import positive
+from .compressed import coding_of
 from .kernel_vote import KernelVoteHead
 from .registry import register_head
 
@@ -31,6 +32,7 @@ class NNGKHead(KernelVoteHead):
         auxiliary: share of a dense layer's cross-entropy in `loss`, see `KernelVoteHead`; 0 is the paper's own loss.
         normalize: scale embeddings to unit length.
         engine: see `nnheads.index.build_index`.
+        bytes_per_center, rotation, code_bits: compressed centers, see `coding_of`. Weights stay as they are.
     """
 
     def __init__(
@@ -47,6 +49,9 @@ class NNGKHead(KernelVoteHead):
         auxiliary: float = 0.75,
         normalize: bool = False,
         engine: Literal["auto", "torch", "faiss"] = "auto",
+        bytes_per_center: int | None = None,
+        rotation: str = "none",
+        code_bits: Literal[4, 8] = 8,
     ) -> None:
         super().__init__(
             in_features,
@@ -57,6 +62,7 @@ class NNGKHead(KernelVoteHead):
             auxiliary=auxiliary,
             normalize=normalize,
             engine=engine,
+            coding=coding_of(self.name, bytes_per_center, rotation, code_bits, in_features),
             columns={"log_weight": 0} if weights else {},
         )
         positive("nngk", "weight_lr", weight_lr, zero=True)
@@ -83,6 +89,7 @@ class NNGKHead(KernelVoteHead):
             "auxiliary": self.auxiliary,
             "normalize": self.normalize,
             "engine": self.engine,
+            **self._coding_config(),
         }
 
     def _log_w(self, rows: Tensor) -> Tensor | None:

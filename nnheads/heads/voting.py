@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..coding import Coding
 from ..errors import ConfigError
 from ..functional import Metric, Vote, neighbor_distances, vote_log_probs, vote_log_weights
 from .base import one_of, positive
@@ -27,7 +28,7 @@ class VotingHead(MemoryHead):
         vote: ``"uniform"``; ``"distance"``, by inverse distance; ``"gaussian"``, by a Gaussian kernel.
         sigma: width of the Gaussian vote: a number, or ``"auto"``, chosen at each refresh.
         smoothing: extra votes spread over the classes, so that a class without votes has a finite log-loss.
-        metric, normalize, engine, dim: see `MemoryHead`.
+        metric, normalize, engine, dim, coding: see `MemoryHead`.
     """
 
     differentiable = False
@@ -46,8 +47,11 @@ class VotingHead(MemoryHead):
         normalize: bool = False,
         engine: Literal["auto", "torch", "faiss"] = "auto",
         dim: int | None = None,
+        coding: Coding | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, k=k, metric=metric, normalize=normalize, engine=engine, dim=dim)
+        super().__init__(
+            in_features, num_classes, k=k, metric=metric, normalize=normalize, engine=engine, dim=dim, coding=coding
+        )
         one_of(self.name, "vote", vote, ("uniform", "distance", "gaussian"))
         positive(self.name, "smoothing", smoothing)
         if isinstance(sigma, str) and sigma != "auto":
@@ -79,7 +83,7 @@ class VotingHead(MemoryHead):
     def _log_weights(self, z: Tensor, rows: Tensor) -> Tensor:
         if self.vote == "gaussian" and self.width.wanted(len(self.memory)):
             self.width.choose(self._stored_distances(), len(self.memory))
-        distances = neighbor_distances(z, self.memory.keys[rows.clamp_min(0)], self.metric)
+        distances = neighbor_distances(z, self.memory.keys_at(rows), self.metric)
         return vote_log_weights(distances, rows >= 0, self.vote, self.width())
 
     def _log_probs(self, z: Tensor, ids: Tensor | None) -> Tensor:

@@ -1,0 +1,52 @@
+"""The options of compressed centers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from .._codebooks import parse_rotation
+from ..coding import Coding
+from ..errors import ConfigError
+from ..quantize import MAX_BYTES, MIN_BYTES
+from .base import positive
+
+
+def coding_of(
+    head: str, bytes_per_center: int | None, rotation: str, code_bits: Literal[4, 8], dim: int
+) -> Coding | None:
+    """How a head's centers are compressed.
+
+    Only codes and codebooks are kept and saved, never the centers themselves. Distances are those to decoded centers,
+    and their gradient reaches the embedding alone: codes take no gradient steps. A center that moves is encoded with
+    the codebooks there are; these are trained when there are centers enough, and again at a refresh, and while
+    training, when they do not fit any more (see `nnheads.coding.Coder`). During a refresh, and the first epoch of
+    `nnheads.fit` is one, centers are kept as they come. Codebooks are trained with the centers there are, and keep
+    what they learned of one that is dropped, as the backbone's weights do.
+
+    Args:
+        head: its name, for messages.
+        bytes_per_center: 4 to 64; None or 0 keeps centers as they are, four bytes a number.
+        rotation: ``"none"``; ``"opq"``, a trained rotation before the parts of a center are quantized; ``"pca:DIM"``,
+            DIM principal directions, or ``"opq:DIM"``, a trained rotation of these: smaller codebooks.
+        code_bits: 8, or 4 for codebooks of 16 words, smaller and less exact.
+        dim: width of the centers.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+    positive(head, "bytes_per_center", bytes_per_center or 0, integer=True, zero=True)
+    if code_bits not in (4, 8):
+        raise ConfigError(f"head {head!r}: code_bits must be 8 or 4, got {code_bits!r}")
+    if not bytes_per_center:
+        if rotation != "none" or code_bits != 8:
+            raise ConfigError(f"head {head!r}: rotation and code_bits are of compressed centers: give bytes_per_center")
+        return None
+    if not MIN_BYTES <= bytes_per_center <= MAX_BYTES:
+        raise ConfigError(
+            f"head {head!r}: bytes_per_center must be {MIN_BYTES} to {MAX_BYTES}, or 0 for none, got {bytes_per_center}"
+        )
+    try:
+        parse_rotation(rotation, dim)
+    except (ConfigError, AttributeError) as error:
+        raise ConfigError(f"head {head!r}: {error}") from None
+    return Coding(bytes_per_center, rotation, code_bits)
