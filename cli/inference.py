@@ -153,12 +153,17 @@ def _measure(
     }
 
 
+def model_folder(checkpoint: Path) -> Path:
+    """The folder of the model that the user named, itself or the run that holds it."""
+    inside = checkpoint / "model"
+    return inside if inside.is_dir() else checkpoint
+
+
 def _open(checkpoint: Path, device: str) -> tuple[HeadedModel, Preprocessing, tuple[str, ...]]:
     from nnheads.io import load
     from nnheads.training import resolve_device
 
-    inside = checkpoint / "model"
-    model = load(inside if inside.is_dir() else checkpoint, device=resolve_device(device))
+    model = load(model_folder(checkpoint), device=resolve_device(device))
     model.eval()
     if model.preprocessing is None:
         raise CheckpointError(

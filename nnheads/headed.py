@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from nnheads.backbones import backbone_spec
+from nnheads.batches import as_labels, unpack
 from nnheads.classifier_layer import Replaced, describe_candidates, output_follows
-from nnheads.errors import AttachError, ConfigError, DataError, ShapeError
+from nnheads.errors import AttachError, ConfigError, ShapeError
 from nnheads.heads import Head, MemoryHead, Neighbors, head_class, list_heads
 
 if TYPE_CHECKING:
     from nnheads.preprocessing import Preprocessing
+    from nnheads.thumbnails import Thumbnails
 
 
 @final
@@ -35,6 +36,7 @@ class HeadedModel(nn.Module):
         preprocessing: what happens to an image before the backbone, None where not known.
         backbone_spec: arguments with which ``nnheads.backbones.build_backbone`` rebuilds the backbone, None
             for a backbone of another make.
+        thumbnails: pictures of the stored samples, saved with the model; None for none.
     """
 
     head: Head
@@ -47,6 +49,7 @@ class HeadedModel(nn.Module):
         self.class_names: tuple[str, ...] | None = None
         self.preprocessing: Preprocessing | None = None
         self.backbone_spec: dict[str, Any] | None = backbone_spec(backbone)
+        self.thumbnails: Thumbnails | None = None
         # Inside a tuple of dataclasses, the classifier is no child of this module.
         self._replaced = replaced
         # In training a model may return other things than in evaluation: each mode is checked once.
@@ -141,15 +144,67 @@ class HeadedModel(nn.Module):
         Raises:
             ConfigError: the head has no memory, or ``k`` is below 1.
         """
-        if not isinstance(self.head, MemoryHead):
-            able = [name for name in list_heads() if head_class(name).uses_memory]
-            raise ConfigError(
-                f"head {self.head.name!r} stores no samples to explain with; heads that do: {', '.join(able)}"
-            )
+        head = self._memory_head("to explain with")
         if k is not None and k < 1:
             raise ConfigError(f"explain: k must be 1 or more, not {k}")
         with _evaluating(self):
-            return self.head.neighbors(self.features(x.to(self.device)), k=k)
+            return head.neighbors(self.features(x.to(self.device)), k=k)
+
+    @torch.no_grad()
+    def add(self, x: Tensor, y: Tensor | Sequence[str], ids: Tensor | None = None) -> Tensor:
+        """Learns samples at once, without training: embeds them, in evaluation mode, and stores them in the head.
+
+        For embeddings there is ``model.head.add``. Classes that were never seen widen the head.
+
+        Args:
+            x: images (n, C, H, W), uint8, which ``preprocessing`` prepares and thumbnails are made of where the model
+                has any; or a batch as the backbone takes it.
+            y: (n,) int64 labels, (n, C) soft labels, or names of classes: one that is new gets the next label.
+            ids: (n,) int64 ids, which replace samples stored under them; new ones by default.
+
+        Returns:
+            (n,) the ids.
+
+        Raises:
+            ConfigError: the head has no memory, or images are given and there is no preprocessing.
+            ShapeError: a wrong size, NaN or a negative label. The model is unchanged after any error.
+        """
+        head = self._memory_head("to add to")
+        labels, names = as_labels(y, self.class_names, head.num_classes)
+        prepare = self.preprocessing if x.dtype == torch.uint8 else nn.Identity()
+        if prepare is None:
+            raise ConfigError("this model does not say how images are prepared: set model.preprocessing")
+        with _evaluating(self):
+            z = torch.cat([self.features(prepare(part).to(self.device)) for part in x.split(256)])
+            held = head.add(z, labels.to(self.device), None if ids is None else ids.to(self.device))
+        self.class_names = names
+        if self.thumbnails is not None:
+            self.thumbnails.drop(held.tolist())
+            if x.dtype == torch.uint8:
+                self.thumbnails.add(x, held)
+        return held
+
+    @torch.no_grad()
+    def drop(self, ids: Tensor | Sequence[int]) -> None:
+        """Forgets samples by id, at once and without training: they leave the head's memory and the thumbnails.
+
+        What was trained while they were there still saw them: the backbone's weights, and of the head the width of its
+        kernel, codebooks of compressed centers, principal components and trained layers.
+
+        Raises:
+            ConfigError: the head has no memory.
+            ShapeError: an id is not held; it is named and nothing is changed.
+        """
+        ids = torch.as_tensor(ids, dtype=torch.int64)
+        self._memory_head("to drop").drop(ids)
+        if self.thumbnails is not None:
+            self.thumbnails.drop(ids.tolist())
+
+    def _memory_head(self, purpose: str) -> MemoryHead:
+        if not isinstance(self.head, MemoryHead):
+            able = [name for name in list_heads() if head_class(name).uses_memory]
+            raise ConfigError(f"head {self.head.name!r} stores no samples {purpose}; heads that do: {', '.join(able)}")
+        return self.head
 
     def memorize(self, loader: Iterable[Any]) -> Self:
         """Embeds all samples, in evaluation mode, and stores them in the head's memory; no-op for a head without.
@@ -182,7 +237,7 @@ class HeadedModel(nn.Module):
             self.head.begin_refresh(replace=replace)
             position, device = 0, self.device
             for batch in loader:
-                x, y, ids = _unpack(batch, loader, position)
+                x, y, ids = unpack(batch, loader, position)
                 position += len(y)
                 self.head.memorize(self.features(x.to(device)), y.to(device), ids=ids.to(device))
             self.head.refreshed()
@@ -236,37 +291,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _unpack(batch: Any, loader: Iterable[Any], position: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels and ids of a batch."""
-    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3) or not isinstance(batch[0], Tensor):
-        raise DataError("memorize: a batch must be (x, y) or (x, y, ids) with a tensor x; see nnheads.with_ids")
-    x, y = batch[0], torch.as_tensor(batch[1])
-    if len(batch) == 2:
-        if _shuffles(loader):
-            raise DataError(
-                "memorize: the loader shuffles, so positions cannot be ids: wrap the data set in nnheads.with_ids"
-            )
-        return x, y, torch.arange(position, position + len(y))
-    ids = torch.as_tensor(batch[2])
-    if ids.is_floating_point() or ids.shape != (len(y),):
-        raise DataError(f"memorize: ids must be integers of shape ({len(y)},), not {ids.dtype} {tuple(ids.shape)}")
-    if len(ids) > 1 and bool((ids == ids[0]).all()):
-        raise DataError(
-            f"memorize: all ids of a batch are {int(ids[0])}: the third item must be the samples' ids, not their task"
-        )
-    return x, y, ids
-
-
-def _shuffles(loader: Iterable[Any]) -> bool:
-    """Whether a loader of torch may give its samples in another order than the data set's; unknown loaders
-    may not.
-    """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return False
-    in_order = isinstance(loader.sampler, SequentialSampler)
-    return not in_order or (loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler)
 
 
 def _first_line(error: Exception) -> str:

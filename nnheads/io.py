@@ -11,18 +11,21 @@ from torch import Tensor, nn
 
 from nnheads.attach import attach_head, detach_head
 from nnheads.backbones import build_backbone
+from nnheads.data import ImageSet
 from nnheads.errors import AttachError, CheckpointError, ConfigError, UnknownNameError
 from nnheads.headed import HeadedModel
-from nnheads.heads.base import Head
-from nnheads.heads.registry import build_head
+from nnheads.heads import Head, MemoryHead, build_head
 from nnheads.preprocessing import Preprocessing
 from nnheads.storage import read_tensors, recover, replacing, write_tensors, write_text
+from nnheads.thumbnails import Thumbnails
 
 FORMAT: Final = "nnheads-model"
 FORMAT_VERSION: Final = 1
-_META: Final = "head.json"
-_HEAD: Final = "head.safetensors"
-_BACKBONE: Final = "backbone.safetensors"
+META: Final = "head.json"
+HEAD: Final = "head.safetensors"
+BACKBONE: Final = "backbone.safetensors"
+THUMBNAILS: Final = "thumbnails.safetensors"
+_FILES: Final = (HEAD, BACKBONE, THUMBNAILS)
 # Options of a network that make its builder read further files, maybe pickled ones: never taken from a checkpoint.
 _NEVER_FROM_FILE: Final = frozenset(
     {
@@ -38,7 +41,7 @@ _NEVER_FROM_FILE: Final = frozenset(
 )
 
 
-def save(model: HeadedModel, path: str | Path, *, backbone: bool = True) -> Path:
+def save(model: HeadedModel, path: str | Path, *, backbone: bool = True, thumbnails: ImageSet | None = None) -> Path:
     """Saves a model to a folder of ``head.json``, ``head.safetensors`` and, where asked, ``backbone.safetensors``.
 
     The folder is written beside ``path`` and put in its place once it is complete. A saved model that is there already
@@ -49,6 +52,9 @@ def save(model: HeadedModel, path: str | Path, *, backbone: bool = True) -> Path
         path: the folder; made where it is missing.
         backbone: whether the backbone's weights are saved too (with the classifier that the head replaced, so that
             ``detach_head`` works on what was loaded). Without them ``load`` has to be given the backbone.
+        thumbnails: training images, of which small pictures of the samples that the head stores are saved too, so that
+            evidence can be looked at; the model's own ``thumbnails`` by default. Never of samples that it does not
+            hold.
 
     Returns:
         The folder.
@@ -56,8 +62,10 @@ def save(model: HeadedModel, path: str | Path, *, backbone: bool = True) -> Path
     Raises:
         CheckpointError: ``path`` holds something that is not a saved model, or the disk does not take it.
     """
-    with replacing(Path(path), _is_saved_model) as folder:
-        _write(model, folder, backbone)
+    with replacing(Path(path), is_saved_model) as folder:
+        held = model.head.memory.ids[: len(model.head.memory)] if isinstance(model.head, MemoryHead) else torch.zeros(0)
+        pictures = model.thumbnails if thumbnails is None else Thumbnails.of_images(thumbnails, held)
+        _write(model, folder, backbone, None if pictures is None else pictures.of(held.tolist()))
     return Path(path)
 
 
@@ -80,12 +88,13 @@ def load(path: str | Path, backbone: nn.Module | None = None, device: str | torc
     """
     folder = Path(path)
     recover(folder)
-    meta = _read_meta(folder)
+    meta = read_meta(folder)
     files = meta["files"]
-    head_state = read_tensors(folder / _HEAD, files[_HEAD])
-    backbone_state = read_tensors(folder / _BACKBONE, files[_BACKBONE]) if _BACKBONE in files else None
+    head_state = read_tensors(folder / HEAD, files[HEAD])
+    backbone_state = read_tensors(folder / BACKBONE, files[BACKBONE]) if BACKBONE in files else None
+    thumbnails = read_thumbnails(folder, files)
     try:
-        head = _build_head(folder, meta["head"], head_state)
+        head = build_saved_head(folder, meta["head"], head_state)
         preprocessing = Preprocessing.from_dict(meta["preprocessing"]) if meta["preprocessing"] else None
         own = backbone is None
         if backbone is None:
@@ -101,21 +110,24 @@ def load(path: str | Path, backbone: nn.Module | None = None, device: str | torc
             model.backbone.to(memory_format=torch.channels_last)
         model.preprocessing = preprocessing
         model.class_names = tuple(meta["class_names"]) if meta["class_names"] is not None else None
+        model.thumbnails = thumbnails
     except (KeyError, TypeError, ConfigError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{folder / _META} does not describe a model ({what}): save the model again") from error
+        raise CheckpointError(f"{folder / META} does not describe a model ({what}): save the model again") from error
     return model.to(device).eval()
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
 
 
-def _write(model: HeadedModel, folder: Path, backbone: bool) -> None:
+def _write(model: HeadedModel, folder: Path, backbone: bool, thumbnails: Thumbnails | None) -> None:
     import nnheads
 
-    files = {_HEAD: write_tensors(folder / _HEAD, dict(model.head.state_dict()))}
+    files = {HEAD: write_tensors(folder / HEAD, dict(model.head.state_dict()))}
+    if thumbnails is not None:
+        files[THUMBNAILS] = write_tensors(folder / THUMBNAILS, dict(thumbnails.state()))
     if backbone:
-        files[_BACKBONE] = write_tensors(folder / _BACKBONE, _backbone_state(model))
+        files[BACKBONE] = write_tensors(folder / BACKBONE, _backbone_state(model))
     meta = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -137,15 +149,15 @@ def _write(model: HeadedModel, folder: Path, backbone: bool) -> None:
         text = json.dumps(meta, indent=2, ensure_ascii=False)
     except TypeError as error:
         raise CheckpointError(f"cannot save head {model.head.name!r}: its config() is not JSON ({error})") from error
-    write_text(folder / _META, text + "\n")
+    write_text(folder / META, text + "\n")
 
 
-def _is_saved_model(folder: Path) -> bool:
+def is_saved_model(folder: Path) -> bool:
     """Whether a folder holds a saved model and nothing of the user's beside it, so that it may be replaced."""
-    if not {entry.name for entry in folder.iterdir()} <= {_META, _HEAD, _BACKBONE}:
+    if not {entry.name for entry in folder.iterdir()} <= {META, *_FILES}:
         return False
     try:
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(meta, dict) and meta.get("format") == FORMAT
@@ -178,10 +190,10 @@ def _is_channels_last(module: nn.Module) -> bool:
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
-    path = folder / _META
+def read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / META
     if not path.is_file():
-        what = "no such folder" if not folder.exists() else f"it has no {_META}"
+        what = "no such folder" if not folder.exists() else f"it has no {META}"
         raise CheckpointError(f"{folder} is not a saved model ({what}): give the folder that nnheads.save wrote")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -190,21 +202,28 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by nnheads.save: give the folder that nnheads.save wrote")
     version = meta.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format {version!r}, and this nnheads reads up to {FORMAT_VERSION}: upgrade nnheads"
-        )
+    if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        what = "upgrade nnheads" if newer else "save the model again"
+        raise CheckpointError(f"{path} has format {version!r}, and this nnheads reads format {FORMAT_VERSION}: {what}")
     needed = {"head": dict, "layer": str, "files": dict, "channels_last": bool}
     wrong = [key for key, kind in needed.items() if not isinstance(meta.get(key), kind)]
     wrong += [key for key in ("backbone", "preprocessing", "class_names") if key not in meta]
-    if wrong or _HEAD not in meta["files"]:
+    if wrong or HEAD not in meta["files"]:
         raise CheckpointError(
-            f"{path} is incomplete ({', '.join(wrong) or _HEAD}): save the model again or copy it anew"
+            f"{path} is incomplete ({', '.join(wrong) or HEAD}): save the model again or copy it anew"
         )
     return meta
 
 
-def _build_head(folder: Path, fields: dict[str, Any], state: dict[str, Tensor]) -> Head:
+def read_thumbnails(folder: Path, files: dict[str, Any]) -> Thumbnails | None:
+    """The pictures in a saved model; None where there are none."""
+    if THUMBNAILS not in files:
+        return None
+    return Thumbnails.from_state(read_tensors(folder / THUMBNAILS, files[THUMBNAILS]))
+
+
+def build_saved_head(folder: Path, fields: dict[str, Any], state: dict[str, Tensor]) -> Head:
     try:
         with torch.random.fork_rng(devices=[]):  # its first weights are random, and replaced at once
             head = build_head(fields["name"], fields["in_features"], fields["num_classes"], **fields["config"])
@@ -216,7 +235,7 @@ def _build_head(folder: Path, fields: dict[str, Any], state: dict[str, Tensor]) 
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{folder / _HEAD} does not fit head {head.name!r} ({reason}): save the model again"
+            f"{folder / HEAD} does not fit head {head.name!r} ({reason}): save the model again"
         ) from error
     return head
 
@@ -229,7 +248,7 @@ def _build_backbone(folder: Path, spec: dict[str, Any] | None, with_weights: boo
     refused = sorted(_NEVER_FROM_FILE & set(spec))
     if refused:
         raise CheckpointError(
-            f"{folder / _META}: backbone option {refused[0]!r} is not taken from a file; load(path, backbone=...)"
+            f"{folder / META}: backbone option {refused[0]!r} is not taken from a file; load(path, backbone=...)"
         )
     # The weights drawn here are replaced at once: the caller's random numbers go on as if none had been.
     with torch.random.fork_rng(devices=[]):
@@ -270,7 +289,7 @@ def _check_fit(folder: Path, module: nn.Module, state: dict[str, Tensor]) -> Non
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise CheckpointError(
-            f"{folder / _BACKBONE} does not fit {type(module).__name__}: {problems[0]}{more}; give the same network"
+            f"{folder / BACKBONE} does not fit {type(module).__name__}: {problems[0]}{more}; give the same network"
         )
 
 

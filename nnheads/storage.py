@@ -60,6 +60,39 @@ def recover(path: Path) -> None:
         aside.rename(target)
 
 
+@contextmanager
+def editing(path: Path) -> Iterator[None]:
+    """Lets one process at a time read a folder and replace it, so that no change is lost; no-op where flock is not.
+
+    The lock is on the folder that is there: it ends with the process, and leaves nothing behind.
+    """
+    target = os.path.realpath(path)
+    recover(Path(target))
+    if os.name != "posix" or not os.path.isdir(target):
+        yield
+        return
+    import fcntl
+
+    while True:
+        handle = os.open(target, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is_at(handle, target):  # else whoever had the lock has replaced the folder
+                # What a process that was killed at the end of a replacement left: it holds what others forgot.
+                shutil.rmtree(_aside(Path(target)), ignore_errors=True)
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def _is_at(handle: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file through to the disk."""
     with path.open("w", encoding="utf-8") as file:
@@ -104,6 +137,16 @@ def read_tensors(path: Path, recorded: Any) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_file(path, recorded)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file ({error}): save the model again") from error
+    return tensors
+
+
+def check_file(path: Path, recorded: Any) -> None:
+    """Raises CheckpointError unless a file is as `write_tensors` left it; ``recorded`` is what that returned."""
     if not isinstance(recorded, dict) or not {"bytes", "sha256"} <= set(recorded):
         raise CheckpointError(f"{path}: its size was not recorded: copy the folder anew, or save the model again")
     if not path.is_file():
@@ -116,11 +159,6 @@ def read_tensors(path: Path, recorded: Any) -> dict[str, Tensor]:
         )
     if _digest(path) != recorded["sha256"]:
         raise CheckpointError(f"{path} was changed after it was written: copy the folder anew, or save the model again")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file ({error}): save the model again") from error
-    return tensors
 
 
 def _swap(made: Path, target: Path) -> None:

@@ -1,0 +1,65 @@
+"""What a batch may look like: images, labels and, where there are any, ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+
+from nnheads.errors import DataError
+
+
+def unpack(batch: Any, loader: Iterable[Any], position: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, labels and ids of a batch."""
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3) or not isinstance(batch[0], Tensor):
+        raise DataError("memorize: a batch must be (x, y) or (x, y, ids) with a tensor x; see nnheads.with_ids")
+    x, y = batch[0], torch.as_tensor(batch[1])
+    if len(batch) == 2:
+        if _shuffles(loader):
+            raise DataError(
+                "memorize: the loader shuffles, so positions cannot be ids: wrap the data set in nnheads.with_ids"
+            )
+        return x, y, torch.arange(position, position + len(y))
+    ids = torch.as_tensor(batch[2])
+    if ids.is_floating_point() or ids.shape != (len(y),):
+        raise DataError(f"memorize: ids must be integers of shape ({len(y)},), not {ids.dtype} {tuple(ids.shape)}")
+    if len(ids) > 1 and bool((ids == ids[0]).all()):
+        raise DataError(
+            f"memorize: all ids of a batch are {int(ids[0])}: the third item must be the samples' ids, not their task"
+        )
+    return x, y, ids
+
+
+def _shuffles(loader: Iterable[Any]) -> bool:
+    """Whether a loader of torch may give its samples in another order than the data set's; unknown loaders
+    may not.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    in_order = isinstance(loader.sampler, SequentialSampler)
+    return not in_order or (loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler)
+
+
+def as_labels(
+    y: Tensor | Sequence[str], names: Sequence[str] | None, num_classes: int
+) -> tuple[Tensor, tuple[str, ...] | None]:
+    """Labels from names of classes, and the names of all classes then; tensors are given back as they are.
+
+    Args:
+        y: labels, or names.
+        names: of the classes that have one, the first ones.
+        num_classes: classes there are.
+    """
+    if isinstance(y, Tensor):
+        return y, None if names is None else tuple(names)
+    known = list(names or ())
+    known += [str(label) for label in range(len(known), num_classes)]
+    for name in y:
+        if not isinstance(name, str):
+            raise DataError(f"classes must be given by name or as a tensor of labels, not as {type(name).__name__}")
+        if name not in known:
+            known.append(name)
+    return torch.tensor([known.index(name) for name in y], dtype=torch.int64), tuple(known)
