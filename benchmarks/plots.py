@@ -32,15 +32,15 @@ def plot_run(results: dict[str, Any], folder: Path) -> list[Path]:
     Returns:
         The files.
     """
-    made = [_save(matrix_figure(results), folder / MATRIX)]
+    made = [save_figure(matrix_figure(results), folder / MATRIX)]
     if results["centers"]:
-        made.append(_save(centers_figure(results), folder / CENTERS))
+        made.append(save_figure(centers_figure(results), folder / CENTERS))
     return made
 
 
 def plot_comparison(summary: dict[str, Any], folder: Path) -> list[Path]:
     """Draws ``curves.png`` from the summary of a comparison on a stream; nothing where no run is finished."""
-    return [_save(curves_figure(summary), folder / CURVES)] if summary["rows"] else []
+    return [save_figure(curves_figure(summary), folder / CURVES)] if summary["rows"] else []
 
 
 def matrix_figure(results: dict[str, Any]) -> Figure:
@@ -139,7 +139,7 @@ def curves_figure(summary: dict[str, Any]) -> Figure:
     shown = f"mean and standard deviation over seeds {seeds}" if len(summary["seeds"]) > 1 else f"seed {seeds}"
     held = _part(summary["settings"])
     title = f"{summary['stream']}, {summary['settings']['scenario']}-incremental: {shown}{held}"
-    figure.suptitle(_wrapped(title, figure.get_figwidth()), fontsize=11)
+    figure.suptitle(wrapped_title(title, figure.get_figwidth()), fontsize=11)
     return figure
 
 
@@ -161,10 +161,10 @@ def _described(results: dict[str, Any]) -> str:
 
 
 def _title(described: str, second: str, width: float) -> str:
-    return f"{_wrapped(described, width)}\n{second}"
+    return f"{wrapped_title(described, width)}\n{second}"
 
 
-def _wrapped(text: str, width: float) -> str:
+def wrapped_title(text: str, width: float) -> str:
     """A title in as many lines as a width in inches asks for."""
     return "\n".join(textwrap.wrap(text, int(12 * width)))
 
@@ -180,25 +180,27 @@ def _short(names: Sequence[str], most: int = 2) -> str:
     return ", ".join(names) if len(names) <= most else f"{names[0]} and {len(names) - 1} more"
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, drawn without a screen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    figure = new_figure(width, height)
     return figure, figure.add_subplot()
 
 
 def _panels(count: int) -> tuple[Figure, list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(6.5, 5.0 * count), 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(6.5, 5.0 * count), 5.2)
     return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     """Writes a figure beside its place and moves it there when it is complete.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from nnheads.cli import benching, comparing, inference, learning, listing, running
+from nnheads.cli import benching, comparing, inference, learning, listing, running, studying
 from nnheads.cli.screen import error, note
 from nnheads.errors import NNHeadsError
 
@@ -36,6 +36,7 @@ app.command("add")(learning.add)
 app.command("forget")(learning.forget)
 app.command("bench")(benching.bench)
 app.command("list")(listing.show)
+app.command("study")(studying.study)
 
 
 def _print_version(wanted: bool) -> None:

@@ -3,7 +3,7 @@
 from nnheads.analysis.agreement import Agreement, agreement, kl_divergence
 from nnheads.analysis.layers import LayerEmbeddings, default_layers, layer_embeddings
 from nnheads.analysis.measures import Calibration, Roc, calibration, confusion, retrieval, roc
-from nnheads.analysis.probes import KINDS, Probe, probe
+from nnheads.analysis.probes import KINDS, Probe, knn_predictions, probe
 
 __all__ = [
     "KINDS",
@@ -17,6 +17,7 @@ __all__ = [
     "confusion",
     "default_layers",
     "kl_divergence",
+    "knn_predictions",
     "layer_embeddings",
     "probe",
     "retrieval",

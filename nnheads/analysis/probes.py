@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Final, Literal, final
 
 import torch
@@ -113,17 +114,21 @@ class _Vote(Probe):
         self.index.build(self._projected(embeddings).contiguous())
 
     def log_probs(self, embeddings: Tensor, *, rows: Tensor | None = None) -> Tensor:
-        return self._votes(embeddings, rows)[0].log()
+        return self._shares(self.neighbors(embeddings, rows)).log()
 
     def predict(self, embeddings: Tensor, *, rows: Tensor | None = None) -> Tensor:
-        share, near = self._votes(embeddings, rows)
+        return self.decide(self.neighbors(embeddings, rows))
+
+    def decide(self, near: Tensor) -> Tensor:
+        """(N,) answers to (N, k) labels of neighbours."""
+        share = self._shares(near)
         best = share.max(1, keepdim=True).values
         # neighbours come nearest first: the first one of a class with the most votes decides
         tied = share.gather(1, near.clamp_min(0)) >= best - 1e-12
         return near.gather(1, (tied & (near >= 0)).long().argmax(1, keepdim=True)).squeeze(1)
 
-    def _votes(self, embeddings: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(N, C) share of the votes of each class, and (N, k) labels of the neighbours, -1 for none."""
+    def neighbors(self, embeddings: Tensor, rows: Tensor | None) -> Tensor:
+        """(N, k) labels of the neighbours, nearest first, -1 for none."""
         parts = []
         more = 0 if rows is None else 1
         for start in range(0, len(embeddings), _CHUNK):
@@ -132,13 +137,42 @@ class _Vote(Probe):
             if rows is not None:
                 near = _left_out(near, rows[start : start + _CHUNK].cpu())
             parts.append(torch.where(near >= 0, self.labels[near.clamp_min(0)], torch.tensor(-1)))
-        found = torch.cat(parts)
+        return torch.cat(parts)
+
+    def _shares(self, found: Tensor) -> Tensor:
+        """(N, C) share of the votes of each class."""
         counts = torch.zeros(len(found), self.num_classes, dtype=torch.float64)
         counts.scatter_add_(1, found.clamp_min(0), (found >= 0).double())
-        return counts / counts.sum(1, keepdim=True).clamp_min(1), found
+        return counts / counts.sum(1, keepdim=True).clamp_min(1)
 
     def _projected(self, embeddings: Tensor) -> Tensor:
         return embeddings if self.center is None or self.axes is None else (embeddings - self.center) @ self.axes
+
+
+def knn_predictions(
+    embeddings: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    ks: Sequence[int],
+    *,
+    metric: Metric = "l1",
+    pca: int | None = None,
+) -> dict[int, Tensor]:
+    """What kNN votes with several k answer, from one search: as ``probe(..., k=k).predict(queries)`` for each.
+
+    Args:
+        embeddings, labels: (N, d) and (N,), what votes.
+        queries: (Q, d).
+        ks: numbers of neighbours; one above N counts as N.
+        metric, pca: as in `probe`.
+
+    Returns:
+        k to (Q,) int64.
+    """
+    vote = probe(embeddings, labels, "knn", k=max(ks), metric=metric, pca=pca)
+    assert isinstance(vote, _Vote)
+    near = vote.neighbors(queries, None)
+    return {k: vote.decide(near[:, :k]) for k in ks}
 
 
 @final

@@ -1,0 +1,363 @@
+"""Studies: what they declare, that a smoke run fills tables and figures, that a killed one goes on, and its reports."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nnheads.analysis import knn_predictions, probe
+from nnheads.benchmarks.studies.fitting import Recipe, cross_entropy, moments, train
+from nnheads.benchmarks.studies.images import fitted, statistics, study_images
+from nnheads.benchmarks.studies.networks import activation_convnet, dnn_or_knn_network
+from nnheads.benchmarks.studies.registry import get_study, list_studies
+from nnheads.benchmarks.studies.report import entry_text, table_markdown, write_report
+from nnheads.benchmarks.studies.running import StudyRun, cell_file, read_cells, run_study
+from nnheads.benchmarks.studies.study import Cell, Curves, Entry, Job, Outcome, Scale, Study, Table
+from nnheads.data import ImageSet
+from nnheads.errors import CheckpointError, ConfigError, DataError, UnknownNameError
+
+PLAN = {"paper": Scale("all."), "cpu": Scale("some."), "smoke": Scale("little.", {"size": 1}, cells=("a", "b"))}
+
+
+def _toy(run: Any = None) -> Study:
+    def by_default(job: Job) -> Outcome:
+        value = job.settings["value"] + 0.01 * job.seed
+        return Outcome({"accuracy": value, "none": None}, {"training": {"step": [1, 2], "accuracy": [0.1, value]}})
+
+    return Study(
+        "toy",
+        "a toy",
+        "a paper",
+        (Cell("a", {"value": 0.5, "size": 9}), Cell("b", {"value": 0.25, "size": 9}), Cell("c", {"value": 0.1})),
+        (
+            Table(
+                "I",
+                "numbers",
+                (
+                    Entry("one", "ours", "a", "accuracy", 51.5),
+                    Entry("one", "theirs", "b", "accuracy"),
+                    Entry("two", "ours", "c", "accuracy", 10.0),
+                    Entry("two", "theirs", "b", "none", 3.0),
+                ),
+            ),
+            Table("F", "curves", curves=Curves(("a", "c"), "training", "step", (("accuracy", "acc"),), "step", "%")),
+        ),
+        {name: PLAN[name] for name in ("smoke", "cpu", "paper")},
+        run or by_default,
+    )
+
+
+def _run(study: Study, out: Path, **options: Any) -> list[dict[str, Any]]:
+    resume = options.pop("resume", False)
+    told = {key: options.pop(key) for key in ("finished", "skipped") if key in options}
+    return run_study(StudyRun(study, **{"scale": "smoke", "device": "cpu", **options}), out, resume=resume, **told)
+
+
+def test_a_cell_is_one_file_with_all_it_needs(tmp_path: Path) -> None:
+    results = _run(_toy(), tmp_path, seeds=(0, 1))
+    assert sorted(p.name for p in (tmp_path / "cells").iterdir()) == [
+        f"{cell}-seed{seed}.json" for cell in "ab" for seed in (0, 1)
+    ]
+    held = json.loads(cell_file(tmp_path, "a", 1).read_text())
+    assert held in results
+    assert held["config"] == {"value": 0.5, "size": 1}  # the scale's settings replace the cell's
+    assert (held["study"], held["cell"], held["scale"], held["seed"]) == ("toy", "a", "smoke", 1)
+    assert held["measures"]["accuracy"] == pytest.approx(0.51)
+    assert held["seconds"] >= 0
+    assert torch.__version__.startswith(held["versions"]["torch"])
+    assert held["device"].startswith("cpu")
+
+
+def test_finished_cells_are_kept_and_others_are_refused(tmp_path: Path) -> None:
+    first = _run(_toy(), tmp_path)
+
+    def never(job: Job) -> Outcome:
+        raise AssertionError("run again")
+
+    assert _run(_toy(never), tmp_path, resume=True) == first
+    with pytest.raises(ConfigError, match="--resume"):
+        _run(_toy(), tmp_path)
+    changed = replace(_toy(), cells=(Cell("a", {"value": 0.6}), *_toy().cells[1:]))
+    with pytest.raises(ConfigError, match=r"value 0\.5, not 0\.6"):
+        _run(changed, tmp_path, resume=True)
+    cell_file(tmp_path, "a", 0).write_text("{")
+    with pytest.raises(CheckpointError, match="remove it"):
+        _run(_toy(), tmp_path, resume=True)
+
+
+def test_a_cell_without_its_images_is_skipped_and_said(tmp_path: Path) -> None:
+    def run(job: Job) -> Outcome:
+        if job.settings["value"] == 0.5:
+            raise DataError("no horses here")
+        return Outcome({"accuracy": 1.0})
+
+    said: list[tuple[str, str]] = []
+    results = _run(_toy(run), tmp_path, skipped=lambda cell, why: said.append((cell, why)))
+    assert [result["cell"] for result in results] == ["b"]
+    assert said == [("a", "no horses here")]
+    with pytest.raises(DataError, match="horses"):
+        _run(_toy(run), tmp_path / "other", only=("a",))
+
+
+def test_the_report_comes_from_the_files_alone(tmp_path: Path) -> None:
+    _run(_toy(), tmp_path, seeds=(0, 1))
+
+    def never(job: Job) -> Outcome:
+        raise AssertionError("run again")
+
+    text = write_report(_toy(never), tmp_path).read_text()
+    assert "| one | 50.50 ± 0.71 (51.5) | 25.50 ± 0.71 |" in text
+    assert "| two | - (10) | - (3) |" in text  # not run; nothing measured
+    assert "Scale smoke: little. Seeds 0, 1" in text
+    assert "![curves](F.png)" in text
+    assert (tmp_path / "I.png").stat().st_size > 1000
+    held = cell_file(tmp_path, "a", 0)
+    held.write_text(held.read_text().replace('"smoke"', '"cpu"'))
+    with pytest.raises(ConfigError, match="several scales"):
+        write_report(_toy(), tmp_path)
+
+
+def test_numbers_in_the_form_of_their_column() -> None:
+    results = [{"cell": "a", "seed": 0, "measures": {"m": 81952.0, "p": 0.99711}}]
+    assert entry_text(Entry("", "", "a", "m", 81952, "count"), results) == "81,952 (81,952)"
+    assert entry_text(Entry("", "", "a", "p", 0.9971, "share"), results) == "0.9971 (0.9971)"
+    assert entry_text(Entry("", "", "b", "p", None, "share"), results) == "-"
+    table = Table("T", "title", (Entry("r", "c", "a", "p"),), note="read this")
+    assert table_markdown(table, results) == "## T: title\n\nread this\n\n| | c % |\n|---|---|\n| r | 99.71 |"
+
+
+def test_what_cannot_be_run_is_refused() -> None:
+    study = _toy()
+    with pytest.raises(UnknownNameError, match="known: F, I"):
+        study.chosen("smoke", ("IX",))
+    with pytest.raises(UnknownNameError, match="scale"):
+        study.chosen("smok")
+    with pytest.raises(ConfigError, match="no cell"):
+        study.chosen("smoke", only=("c",))
+    assert [cell.name for cell in study.chosen("paper", ("i",))] == ["a", "b", "c"]
+    with pytest.raises(UnknownNameError, match="did you mean 'conv-knn'"):
+        get_study("conv-kn")
+    with pytest.raises(UnknownNameError, match="cell"):
+        replace(study, cells=study.cells[:1]).check()
+
+
+@pytest.mark.parametrize("name", list_studies())
+def test_every_study_is_whole(name: str) -> None:
+    study = get_study(name)
+    for scale in study.scales:
+        for cell in study.chosen(scale):
+            json.dumps(study.settings(cell, scale))
+    shown = {cell for table in study.tables for cell in table.cells}
+    assert shown == {cell.name for cell in study.cells}  # nothing is run that no table shows
+
+
+@pytest.mark.parametrize("name", list_studies())
+def test_every_study_runs_at_its_smallest_scale(name: str, tmp_path: Path) -> None:
+    study = get_study(name)
+    results = _run(study, tmp_path)
+    assert len(results) == len(study.chosen("smoke"))
+    for result in results:
+        filled = {key: value for key, value in result["measures"].items() if value is not None}
+        assert filled, result["cell"]
+    text = write_report(study, tmp_path).read_text()
+    assert text.count("## ") >= 1
+    assert read_cells(tmp_path, study)
+
+
+PUBLISHED = {
+    "mnist-conv-knn": 81_952,
+    "mnist-baseline": 274_246,
+    "svhn-conv-knn": 83_552,
+    "svhn-baseline": 390_534,
+    "cifar10-conv-knn": 446_832,
+    "cifar10-baseline": 1_498_234,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_conv_knn_has_the_published_number_of_parameters(name: str) -> None:
+    study = get_study("conv-knn")
+    settings = study.settings(study.cell(f"parameters-{name}"), "paper")
+    found = study.run(Job(settings, 0, None, "cpu", lambda what, done, total: None))
+    assert found.measures["parameters"] == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(("name", "embedding"), [("lenet-640", 640), ("mlp-640", 640), ("wrn-10-2", 128)])
+@pytest.mark.parametrize("form", [(1, 28), (3, 32)])
+def test_networks_embed_on_the_unit_sphere(name: str, embedding: int, form: tuple[int, int]) -> None:
+    from nnheads.analysis import layer_embeddings
+
+    network, layers = dnn_or_knn_network(name, form[0], 7, form[1])
+    x = torch.randn(3, form[0], form[1], form[1])
+    found = layer_embeddings(network, [(x, torch.zeros(3, dtype=torch.int64))], layers, device="cpu")
+    assert layers[-1] == "embedding"
+    assert found["embedding"].shape == (3, embedding)
+    assert torch.allclose(found["embedding"].norm(dim=1), torch.ones(3), atol=1e-5)
+    assert found["output"].shape == (3, 7)
+
+
+def test_wide_resnet_28_10_is_the_papers() -> None:
+    with torch.device("meta"):
+        network, layers = dnn_or_knn_network("wrn-28-10", 3, 10, 32)
+    assert sum(p.numel() for p in network.parameters()) == 36_479_194  # as in Wide-ResNet's own code
+    assert layers[1:4] == ["unit_1.0", "unit_1.1", "unit_1.2"]
+    assert len(layers) == 14
+    with pytest.raises(UnknownNameError):
+        dnn_or_knn_network("wrn-27-10", 3, 10, 32)
+
+
+@pytest.mark.parametrize(("place", "count"), [("final", 1), ("iterative", 2), ("post", 2), ("both", 4)])
+def test_activations_are_where_the_table_has_them(place: Any, count: int) -> None:
+    network = activation_convnet(1, 10, 28, "tanh", place)
+    assert sum(isinstance(module, torch.nn.Tanh) for module in network.modules()) == count
+    assert network.classifier.bias is None
+    assert network(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+
+
+def _images(count: int = 60) -> ImageSet:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 3
+    pixels = torch.randint(0, 60, (count, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    pixels[:, 0, 0] += (80 * labels).to(torch.uint8)[:, None]
+    return ImageSet(pixels, labels)
+
+
+def _fit(watch_at: Any = (), watch: Any = None, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    images = _images()
+    recipe = Recipe.of({"precision": "float32", **settings})
+    return train(
+        model, cross_entropy, images, statistics(images), recipe, seed=0, device="cpu", watch=watch, watch_at=watch_at
+    )
+
+
+def test_the_rate_falls_on_a_plateau_and_training_ends_after_the_last_drop() -> None:
+    # a rate so small that the loss never falls by a thousandth: every second epoch is a plateau
+    done = _fit(batch_size=30, epochs=50, lr=1e-9, schedule="plateau", patience=2, drops=2)
+    assert [round(rate * 1e11, 6) for rate in done.rates] == [100, 100, 100, 10, 10, 1, 1]
+    assert done.steps == 14
+
+
+def test_the_rate_falls_at_milestones_and_full_batches_are_one_step() -> None:
+    done = _fit(batch_size=0, steps=10, lr=0.5, schedule="milestones", milestones=[0.2, 0.5], factor=5.0)
+    assert done.rates == pytest.approx([0.5] * 2 + [0.1] * 3 + [0.02] * 5)
+    assert done.losses[-1] < done.losses[0]
+    assert len(done.losses) == 10
+
+
+def test_training_is_watched_where_asked() -> None:
+    done = _fit(batch_size=20, steps=7, lr=0.1, watch=lambda step: {"twice": 2.0 * step}, watch_at=(0, 2, -1))
+    assert done.columns() == {"step": [0, 2, 7], "twice": [0, 4, 14]}
+    assert moments(1000, 4) == [0, 62, 250, 562, 1000]
+    with pytest.raises(ConfigError, match="epochs or steps"):
+        _fit(epochs=1, steps=1)
+    with pytest.raises(ConfigError, match="diverged"):
+        _fit(batch_size=20, epochs=200, lr=1e38)
+
+
+def test_images_of_a_cell() -> None:
+    def images(**settings: Any) -> Any:
+        return study_images(Job({"dataset": "digits", **settings}, 0, None, "cpu", lambda *_: None))
+
+    few = images(train_images=50, test_images=20, form=[3, 32])
+    assert few.train.labels.bincount().tolist() == [5] * 10
+    assert few.train.images.shape == (50, 3, 32, 32)
+    assert few.train.ids.tolist() == list(range(50))
+    assert len(few.test) == 20
+    assert images(per_class=7).train.labels.bincount().tolist() == [7] * 10
+    two = images(classes=[3, 8])
+    assert set(two.train.labels.tolist()) == {0, 1}
+    assert two.train.class_names == ("3", "8")
+    random = images(labels="random")
+    plain = images()
+    assert torch.equal(random.train.images, plain.train.images)
+    assert 0.05 < float((random.train.labels == plain.train.labels).float().mean()) < 0.15
+    with pytest.raises(DataError, match="ask for fewer"):
+        images(train_images=5000)
+    with pytest.raises(DataError, match="--data-dir"):
+        images(dataset="images:horses-or-humans")
+
+
+def test_small_images_are_enlarged_and_padded() -> None:
+    grown = fitted(torch.full((1, 1, 8, 8), 9, dtype=torch.uint8), 3, 28)
+    assert grown.shape == (1, 3, 28, 28)
+    assert int((grown > 0).sum()) == 3 * 24 * 24
+    assert fitted(torch.zeros(1, 3, 40, 40, dtype=torch.uint8), 1, 20).shape == (1, 1, 20, 20)
+
+
+def test_one_search_answers_for_every_k() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, queries = torch.randn(50, 4, generator=generator), torch.randn(20, 4, generator=generator)
+    y = torch.arange(50) % 3
+    found = knn_predictions(x, y, queries, (1, 5, 80), metric="l2")
+    for k, predicted in found.items():
+        assert torch.equal(predicted, probe(x, y, "knn", k=k, metric="l2").predict(queries))
+
+
+def _study(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "nnheads", "study", "dnn-or-knn", "--scale", "smoke", "--out", "out", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:
+    process = _study(["--seeds", "0,1,2"], tmp_path)
+    cells = tmp_path / "out" / "cells"
+    until = time.monotonic() + 90
+    while not list(cells.glob("*.json")) and time.monotonic() < until:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    held = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
+    assert 0 < len(held) < 6
+    study = get_study("dnn-or-knn")
+    results = _run(study, tmp_path / "out", seeds=(0, 1), resume=True)
+    assert {path: path.stat().st_mtime_ns for path in held} == held  # not run again
+    whole = _run(study, tmp_path / "whole", seeds=(0, 1))
+
+    def numbers(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in result["measures"].items() if k != "train_seconds"} for result in results]
+
+    assert numbers(results) == numbers(whole)
+    assert not list(cells.glob(".*"))  # neither locks nor halves of files
+
+
+def test_the_command_lists_runs_and_reports(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    from nnheads.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            main(["study", *arguments])
+        assert not end.value.code, capsys.readouterr().err
+        return str(capsys.readouterr().out)
+
+    assert "dnn-or-knn" in command("list")
+    assert json.loads(command("list", "--json"))[0]["tables"]
+    shown = command("conv-knn", "--scale", "smoke", "--table", "parameters", "--device", "cpu")
+    assert "81,952 (81,952)" in shown
+    assert "runs/study-conv-knn-smoke-001/report.md" in shown
+    again = command("conv-knn", "--scale", "smoke", "--report", "--table", "parameters")
+    assert again == shown
+    found = json.loads(command("conv-knn", "--scale", "smoke", "--table", "parameters", "--resume", "--json"))
+    assert len(found["results"]) == 8
+    with pytest.raises(SystemExit) as end:
+        main(["study", "conv-knn", "--scale", "huge"])
+    assert end.value.code == 2
+    assert "unknown scale 'huge'" in capsys.readouterr().err
