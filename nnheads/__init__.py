@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nnheads.data import Preprocessing as Preprocessing
     from nnheads.data import with_ids as with_ids
     from nnheads.errors import NNHeadsError as NNHeadsError
+    from nnheads.gating import sweep_threshold as sweep_threshold
     from nnheads.headed import HeadedModel as HeadedModel
     from nnheads.heads import Head as Head
     from nnheads.heads import MemoryHead as MemoryHead
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from nnheads.training import embed as embed
     from nnheads.training import evaluate as evaluate
     from nnheads.training import fit as fit
+    from nnheads.training import fit_gate as fit_gate
 
     __version__: str
 
@@ -61,6 +63,8 @@ _HOMES = {
     "embed": "training",
     "evaluate": "training",
     "fit": "training",
+    "fit_gate": "training",
+    "sweep_threshold": "gating",
 }
 """The module that defines each public name."""
 
@@ -84,12 +88,14 @@ __all__ = [
     "errors",
     "evaluate",
     "fit",
+    "fit_gate",
     "functional",
     "list_backbones",
     "list_heads",
     "load",
     "register_head",
     "save",
+    "sweep_threshold",
     "testing",
     "with_ids",
 ]

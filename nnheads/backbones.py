@@ -110,6 +110,14 @@ class ResNet9(nn.Module):
 
 
 @final
+class _Shrink(nn.Module):
+    """Max-pooling of what is larger than 8x8: digits of that size have no pixel to spare. A module, for tracing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 2) if min(x.shape[-2:]) > 8 else x
+
+
+@final
 class ConvNet(nn.Module):
     """Three 3x3 convolutions with batch normalisation, for digits: any image of 8x8 or more.
 
@@ -123,6 +131,7 @@ class ConvNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
+        self.shrink = _Shrink()
         self.conv2 = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(2 * width)
         self.conv3 = nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False)
@@ -132,8 +141,7 @@ class ConvNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes)."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        if min(out.shape[-2:]) > 8:  # 8x8 digits have no pixel to spare this early
-            out = F.max_pool2d(out, 2)
+        out = self.shrink(out)
         out = F.max_pool2d(F.relu(self.bn2(self.conv2(out)), inplace=True), 2)
         out = F.relu(self.bn3(self.conv3(out)), inplace=True)
         logits: Tensor = self.linear(out.mean((2, 3)))

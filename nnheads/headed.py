@@ -13,10 +13,11 @@ from nnheads.backbones import backbone_spec
 from nnheads.batches import as_labels, unpack
 from nnheads.classifier_layer import Replaced, describe_candidates, output_follows
 from nnheads.errors import AttachError, ConfigError, ShapeError
-from nnheads.heads import Head, MemoryHead, Neighbors, head_class, list_heads
+from nnheads.heads import BiasedHead, Gated, Head, MemoryHead, Neighbors, head_class, list_heads
 
 if TYPE_CHECKING:
     from nnheads.preprocessing import Preprocessing
+    from nnheads.split import Split
     from nnheads.thumbnails import Thumbnails
 
 
@@ -50,6 +51,8 @@ class HeadedModel(nn.Module):
         self.preprocessing: Preprocessing | None = None
         self.backbone_spec: dict[str, Any] | None = backbone_spec(backbone)
         self.thumbnails: Thumbnails | None = None
+        # Where the biased head cuts the backbone in two; the parts are made of the backbone's own modules.
+        self._split: Split | None = None
         # Inside a tuple of dataclasses, the classifier is no child of this module.
         self._replaced = replaced
         # In training a model may return other things than in evaluation: each mode is checked once.
@@ -59,7 +62,12 @@ class HeadedModel(nn.Module):
     @property
     def in_features(self) -> int:
         """Width of the embedding."""
-        return self.attached()[0].in_features
+        return self.head.in_features if self._split is not None else self.attached()[0].in_features
+
+    @property
+    def at(self) -> str | None:
+        """Name of the module behind which the biased head cuts the backbone; None where nothing is cut."""
+        return self._split.at if self._split is not None else None
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +81,7 @@ class HeadedModel(nn.Module):
         """The embedding: what enters the replaced classifier, averaged over positions where it still has any.
 
         For two classifiers trained by distillation it is the mean of what enters them. The backbone runs
-        once.
+        once. Of a model that the biased head cuts in two it is the projection, and that beside it.
 
         Args:
             x: a batch as the backbone takes it, (B, C, H, W) for images.
@@ -86,6 +94,62 @@ class HeadedModel(nn.Module):
             ShapeError: the embedding is not as wide as the replaced layer (an image size the backbone is not
                 made for).
         """
+        if self._split is None:
+            return self._embedding(x)
+        h = self.first_part(x)
+        # The projector learns from the backbone, not the backbone from the projector. It comes first, for a layer
+        # behind the cut may change h in place.
+        projected = self.gated_head().project(h.detach())
+        z = self.second_part(h)
+        return torch.cat([projected.to(z.dtype), z], 1)
+
+    def first_part(self, x: Tensor) -> Tensor:
+        """f1 of a model that is cut in two: what enters projector and f2, (B, ...)."""
+        split = self._cut()
+        if not self.backbone.training and not self._checked_evaluation:
+            with torch.no_grad():
+                self._embedding(x)  # that the replaced layer is the classifier
+        h: Tensor = split.parts(self.backbone)[0](x)
+        return h
+
+    def second_part(self, h: Tensor) -> Tensor:
+        """f2 of a model that is cut in two: the embedding (n, d) of rows of what `first_part` gives."""
+        split = self._cut()
+        split.parts(self.backbone)[1](h)
+        seen = [z for entry in self.attached() if (z := entry.tap.take()) is not None]
+        if not seen:
+            raise AttachError(self._not_the_classifier(f"the part behind {split.at!r} never calls it"))
+        return seen[0] if len(seen) == 1 else torch.stack(seen).mean(0)
+
+    def gated(self, x: Tensor, ids: Tensor | None = None) -> Gated:
+        """As ``forward`` in evaluation, with the gate's values and which rows skipped the second part.
+
+        Raises:
+            ConfigError: the model is not cut in two.
+        """
+        return self.gated_head().gated(self.first_part(x), self.second_part, ids=ids)
+
+    def cut(self, split: Split | None) -> None:
+        """Cuts the backbone in two for the biased head; None makes it whole. ``attach_head`` does."""
+        self._split = split
+
+    def _cut(self) -> Split:
+        if self._split is None:
+            raise ConfigError("the backbone is not cut in two, nothing can skip: attach_head(model, 'biased', at=...)")
+        return self._split
+
+    def gated_head(self) -> BiasedHead:
+        """The biased head that cuts the backbone in two.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        self._cut()
+        assert isinstance(self.head, BiasedHead)
+        return self.head
+
+    def _embedding(self, x: Tensor) -> Tensor:
+        """What enters the replaced classifier, by running the whole backbone."""
         replaced = self.attached()
         checked = self._checked_training if self.backbone.training else self._checked_evaluation
         try:
@@ -100,9 +164,9 @@ class HeadedModel(nn.Module):
         if len(embeddings) < len(seen):
             raise AttachError(self._not_the_classifier("the model's forward never calls it"))
         for z in embeddings:
-            if z.shape[-1] != self.in_features:
+            if z.shape[-1] != replaced[0].in_features:
                 raise ShapeError(
-                    f"layer {self.layer!r} takes {self.in_features} features, got {z.shape[-1]} for an "
+                    f"layer {self.layer!r} takes {replaced[0].in_features} features, got {z.shape[-1]} for an "
                     f"input of shape {tuple(x.shape)}: give inputs of the size the backbone is made for"
                 )
         if not checked:
@@ -118,8 +182,11 @@ class HeadedModel(nn.Module):
                 In training a sample's own center is left out by them.
 
         Returns:
-            (B, C) float32.
+            (B, C) float32. In evaluation, a model that the biased head cuts in two runs its second part only on the
+            rows whose gate is below the threshold.
         """
+        if self._split is not None and not self.head.training:
+            return self.gated(x, ids).log_probs
         log_probs: Tensor = self.head(self.features(x), ids=ids)
         return log_probs
 
@@ -147,7 +214,7 @@ class HeadedModel(nn.Module):
         head = self._memory_head("to explain with")
         if k is not None and k < 1:
             raise ConfigError(f"explain: k must be 1 or more, not {k}")
-        with _evaluating(self):
+        with evaluating(self):
             return head.neighbors(self.features(x.to(self.device)), k=k)
 
     @torch.no_grad()
@@ -174,7 +241,7 @@ class HeadedModel(nn.Module):
         prepare = self.preprocessing if x.dtype == torch.uint8 else nn.Identity()
         if prepare is None:
             raise ConfigError("this model does not say how images are prepared: set model.preprocessing")
-        with _evaluating(self):
+        with evaluating(self):
             z = torch.cat([self.features(prepare(part).to(self.device)) for part in x.split(256)])
             held = head.add(z, labels.to(self.device), None if ids is None else ids.to(self.device))
         self.class_names = names
@@ -233,7 +300,7 @@ class HeadedModel(nn.Module):
     def _embed_all(self, loader: Iterable[Any], *, replace: bool) -> Self:
         if not self.head.uses_memory:
             return self
-        with _evaluating(self):
+        with evaluating(self):
             self.head.begin_refresh(replace=replace)
             position, device = 0, self.device
             for batch in loader:
@@ -244,7 +311,9 @@ class HeadedModel(nn.Module):
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # to(), cuda(), half() and the like: the classifier follows the backbone.
+        # to(), cuda(), half() and the like: the classifier follows the backbone, and parts of it hold new tensors.
+        if self._split is not None:
+            self._split.forget()
         for entry in self._replaced:
             entry.layer._apply(fn, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -261,6 +330,7 @@ class HeadedModel(nn.Module):
         for entry in self.attached():
             entry.restore()
         self._replaced = ()
+        self._split = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _check(self, output: object, embeddings: list[Tensor]) -> None:
@@ -282,7 +352,7 @@ class HeadedModel(nn.Module):
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; each module gets its own mode back, for a user may have frozen some."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

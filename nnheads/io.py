@@ -14,7 +14,7 @@ from nnheads.backbones import build_backbone
 from nnheads.data import ImageSet
 from nnheads.errors import AttachError, CheckpointError, ConfigError, UnknownNameError
 from nnheads.headed import HeadedModel
-from nnheads.heads import Head, MemoryHead, build_head
+from nnheads.heads import BiasedHead, Head, MemoryHead, build_head
 from nnheads.preprocessing import Preprocessing
 from nnheads.storage import read_tensors, recover, replacing, write_tensors, write_text
 from nnheads.thumbnails import Thumbnails
@@ -69,15 +69,22 @@ def save(model: HeadedModel, path: str | Path, *, backbone: bool = True, thumbna
     return Path(path)
 
 
-def load(path: str | Path, backbone: nn.Module | None = None, device: str | torch.device = "cpu") -> HeadedModel:
+def load(
+    path: str | Path,
+    backbone: nn.Module | tuple[nn.Module, nn.Module] | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    projector: nn.Module | None = None,
+) -> HeadedModel:
     """Loads what ``save`` wrote; the outputs are those of the model saved, bit for bit.
 
     Args:
         path: the folder.
         backbone: the network to put the head on, where nnheads cannot build it by name or where its weights were not
             saved. Saved weights are loaded into it. It is changed in place, as by ``attach_head``; an error leaves it
-            as it was.
+            as it was. ``(f1, f2)`` where the head was attached so.
         device: where the model is wanted.
+        projector: of a biased head, where it is a module of the user's; its weights are loaded.
 
     Returns:
         The model, in evaluation mode.
@@ -94,12 +101,12 @@ def load(path: str | Path, backbone: nn.Module | None = None, device: str | torc
     backbone_state = read_tensors(folder / BACKBONE, files[BACKBONE]) if BACKBONE in files else None
     thumbnails = read_thumbnails(folder, files)
     try:
-        head = build_saved_head(folder, meta["head"], head_state)
+        head = build_saved_head(folder, meta["head"], head_state, projector)
         preprocessing = Preprocessing.from_dict(meta["preprocessing"]) if meta["preprocessing"] else None
         own = backbone is None
         if backbone is None:
             backbone = _build_backbone(folder, meta["backbone"], backbone_state is not None)
-        model = _attach(folder, backbone, head, meta["layer"])
+        model = _attach(folder, backbone, head, meta["layer"], meta.get("at"))
         try:
             if backbone_state is not None:
                 _load_backbone(folder, model, backbone_state, with_classifier=own)
@@ -139,6 +146,7 @@ def _write(model: HeadedModel, folder: Path, backbone: bool, thumbnails: Thumbna
             "config": model.head.config(),
         },
         "layer": model.layer,
+        "at": model.at,
         "backbone": _json_or_none(model.backbone_spec),
         "channels_last": _is_channels_last(model.backbone),
         "preprocessing": model.preprocessing.to_dict() if model.preprocessing is not None else None,
@@ -223,12 +231,20 @@ def read_thumbnails(folder: Path, files: dict[str, Any]) -> Thumbnails | None:
     return Thumbnails.from_state(read_tensors(folder / THUMBNAILS, files[THUMBNAILS]))
 
 
-def build_saved_head(folder: Path, fields: dict[str, Any], state: dict[str, Tensor]) -> Head:
+def build_saved_head(
+    folder: Path, fields: dict[str, Any], state: dict[str, Tensor], projector: nn.Module | None = None
+) -> Head:
     try:
         with torch.random.fork_rng(devices=[]):  # its first weights are random, and replaced at once
             head = build_head(fields["name"], fields["in_features"], fields["num_classes"], **fields["config"])
     except UnknownNameError as error:
         raise CheckpointError(f"{folder}: {error}; import the module that registers this head first") from error
+    if isinstance(head, BiasedHead) and head.projected and head.projector is None:
+        if projector is None:
+            raise CheckpointError(f"{folder}: its head has a projector of yours: load(path, projector=your_module)")
+        head.projector = projector
+    elif projector is not None:
+        raise CheckpointError(f"{folder}: its head {head.name!r} takes no projector of yours: load it without")
     _match_dtypes(head, state)
     try:
         head.load_state_dict(state)
@@ -255,9 +271,11 @@ def _build_backbone(folder: Path, spec: dict[str, Any] | None, with_weights: boo
         return build_backbone(**spec)
 
 
-def _attach(folder: Path, backbone: nn.Module, head: Head, layer: str) -> HeadedModel:
+def _attach(
+    folder: Path, backbone: nn.Module | tuple[nn.Module, nn.Module], head: Head, layer: str, at: str | None
+) -> HeadedModel:
     try:
-        return attach_head(backbone, head, layer=layer)
+        return attach_head(backbone, head, layer=layer, at=at)
     except (AttachError, ConfigError) as error:
         raise CheckpointError(f"{folder} does not fit {type(backbone).__name__}: {error}") from error
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -15,13 +16,14 @@ from nnheads.devices import Precision, resolve_device
 from nnheads.errors import ConfigError, DataError
 from nnheads.evaluation import Evaluation, embed, evaluate
 from nnheads.headed import HeadedModel
+from nnheads.heads import BiasedHead
 from nnheads.interrupt import InterruptFlag
 from nnheads.io import save
 from nnheads.loaders import Data, preprocessing_of
 from nnheads.progress import Progress, reporter
 from nnheads.training_run import History, TrainingRun, fills_first, refreshes_after
 
-__all__ = ["Evaluation", "History", "Progress", "embed", "evaluate", "fit", "resolve_device"]
+__all__ = ["Evaluation", "History", "Progress", "embed", "evaluate", "fit", "fit_gate", "resolve_device"]
 
 _REFRESH_EVERY = 4  # epochs, for heads whose centers do not follow by themselves: a twelfth of the cost of training
 _INTERRUPTED_SAMPLES = 4096  # enough for a vote, seconds to embed
@@ -51,7 +53,8 @@ def fit(
     The memory costs little: heads that train with their centers store each embedding as the first epoch produces
     it, and centers then follow their samples, so the only extra pass is the last one, in evaluation mode. The kernel
     head's centers and alphas are learned where the backbone is frozen, and follow the samples elsewhere. On a CPU,
-    the same seed gives the same weights; the caller's random numbers are left as they were.
+    the same seed gives the same weights; the caller's random numbers are left as they were. Where the biased head cuts
+    the backbone in two, training ends with ``fit_gate``.
 
     Args:
         model: what ``attach_head`` returned. It stays on ``device``, in evaluation mode.
@@ -120,7 +123,87 @@ def fit(
             raise KeyboardInterrupt(
                 f"interrupted after {run.step} steps" + (f"; saved to {checkpoint}" if checkpoint is not None else "")
             )
+    head = model.head
+    if epochs and model.at is not None and isinstance(head, BiasedHead) and head.gate_epochs and not head.gating:
+        fit_gate(
+            model,
+            data,
+            epochs=head.gate_epochs,
+            batch_size=batch_size,
+            augment=augment,
+            device=device,
+            precision=precision,
+            seed=seed,
+            progress=progress,
+            checkpoint=checkpoint,
+        )
+        run.history.seconds = time.perf_counter() - started
     return run.history
+
+
+def fit_gate(
+    model: HeadedModel,
+    data: Data,
+    *,
+    epochs: int = 3,
+    batch_size: int = 128,
+    lr: float = 3e-3,
+    weight_decay: float = 0.05,
+    augment: str = "none",
+    calibration: Data | None = None,
+    device: str | torch.device = "auto",
+    precision: Precision = "auto",
+    seed: int = 0,
+    progress: bool | Callable[[Progress], None] = True,
+    checkpoint: str | Path | None = None,
+) -> History:
+    """Trains projector, memory and gate of a biased head; f1, f2 and the classifier stay as they are.
+
+    The network is one that is trained already: by ``fit``, which ends with this, or before the head was attached. The
+    loss is `BiasedHead.gate_loss`; then the centers are chosen anew and, where it is automatic, the threshold.
+
+    Args:
+        model: what ``attach_head(network, "biased", at=...)`` returned.
+        data: the training set, as in ``fit``.
+        epochs: passes over it; 0 chooses centers and threshold only.
+        batch_size, lr, weight_decay, augment, device, precision, seed, progress, checkpoint: as in ``fit``, with AdamW.
+        calibration: labelled samples that nothing was trained on, to choose the threshold on. By default the share of
+            the training set that the head's ``holdout`` says, by id, which teaches neither projector nor gate; but the
+            network was trained on these, so that what skipping costs is overestimated and the threshold is high.
+
+    Returns:
+        See ``fit``.
+
+    Raises:
+        ConfigError: the model is not cut in two; or as in ``fit``.
+        DataError: as in ``fit``.
+    """
+    head = model.gated_head()
+    started = time.perf_counter()
+    with _frozen_backbone(model), head.training_the_gate():
+        if epochs and not len(head.memory):
+            fit(model, data, epochs=0, device=device, precision=precision, progress=False)
+        history = fit(
+            model,
+            data,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            optimizer="adamw",
+            weight_decay=weight_decay,
+            augment=augment,
+            device=device,
+            precision=precision,
+            seed=seed,
+            progress=progress,
+        )
+    if calibration is not None:
+        z, y, _ = embed(model, calibration, batch_size=batch_size, device=device, precision=precision)
+        head.calibrate(z.to(model.device), y.to(model.device))
+    if checkpoint is not None:
+        save(model, checkpoint)
+    history.seconds = time.perf_counter() - started
+    return history
 
 
 # ---- setting up --------------------------------------------------------------------------------------------------
@@ -162,3 +245,15 @@ def _describe(model: HeadedModel, data: ImageSet) -> None:
         model.preprocessing = preprocessing_of(data)
     if model.class_names is None and len(data.class_names) == model.head.num_classes:
         model.class_names = data.class_names
+
+
+@contextmanager
+def _frozen_backbone(model: HeadedModel) -> Iterator[None]:
+    needed = [p for p in model.backbone.parameters() if p.requires_grad]
+    for p in needed:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in needed:
+            p.requires_grad_(True)

@@ -16,7 +16,7 @@ from nnheads.devices import Precision, autocast_for
 from nnheads.errors import ConfigError, DataError
 from nnheads.evaluation import target_for
 from nnheads.headed import HeadedModel
-from nnheads.heads import Head, MemoryHead
+from nnheads.heads import BiasedHead, Head, MemoryHead
 from nnheads.interrupt import InterruptFlag
 from nnheads.loaders import Data, ordered_batches, training_batches
 from nnheads.progress import Progress, Report
@@ -270,6 +270,8 @@ def _build_optimizer(model: HeadedModel, name: str, lr: float, weight_decay: flo
 def _train_mode(model: HeadedModel) -> None:
     """Training mode, but norms whose parameters are frozen keep the statistics that these belong to."""
     model.train()
+    if isinstance(model.head, BiasedHead) and model.head.gating:
+        model.backbone.eval()  # the gate learns what the network answers as it is used
     for module in model.backbone.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             weights = list(module.parameters())

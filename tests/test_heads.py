@@ -43,6 +43,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "impostor-codes": ("impostor", {"k": 6, "bytes_per_center": 8}),
     "impostor-codes-tied": ("impostor", {"k": 6, "centers": "tied", "bytes_per_center": 8, "rotation": "pca:12"}),
     "impostor-codes-fixed": ("impostor", {"centers": "fixed", "sigma": "learned", "bytes_per_center": 8}),
+    "biased-few": ("biased", {"k": 5, "per_class": 8, "normalize": True, "holdout": 0.3}),
+    "biased-threshold": ("biased", {"k": 4, "threshold": 0.5, "gate_sigma": "auto", "per_class": None}),
     "knn-torch": ("knn", {"k": 5, "engine": "torch"}),
     "nngk-faiss": ("nngk", {"k": 6, "engine": "faiss"}),
 }
@@ -151,6 +153,9 @@ def test_unknown_names_are_answered() -> None:
         ("impostor", {"centers": "free"}),
         ("impostor", {"tie": -1}),
         ("impostor", {"center_lr": -1}),
+        ("biased", {"per_class": 0}),
+        ("biased", {"projector": {"kind": "deep", "dim": 2}}),
+        ("biased", {"projector": {"kind": "pooled", "shape": [3], "dim": 8}}),
         ("kernel", {"alpha": 0}),
         ("kernel", {"k": 0}),
         ("dense", {"hidden": [0]}),

@@ -1,6 +1,7 @@
 """The heads, by name: `build_head`, `list_heads`, `register_head`; one file a head."""
 
 from .base import Head
+from .biased import BiasedHead, Gated
 from .dense import DenseHead
 from .impostor import ImpostorHead
 from .kernel import KernelHead
@@ -11,7 +12,9 @@ from .nngk import NNGKHead
 from .registry import build_head, head_class, list_heads, register_head
 
 __all__ = [
+    "BiasedHead",
     "DenseHead",
+    "Gated",
     "Head",
     "ImpostorHead",
     "KNNHead",

@@ -1,0 +1,333 @@
+"""The gated biased network: easy samples are answered by a kernel regression and skip most of the backbone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError, ShapeError
+from .base import positive
+from .dense_objective import DenseObjective
+from .gate import Gate, Verdicts, held_out
+from .projectors import build_projector
+from .registry import register_head
+from .regression import RegressionHead
+
+
+@dataclass(frozen=True)
+class Gated:
+    """What a batch answered and how.
+
+    Attributes:
+        log_probs: (B, C) log-probabilities.
+        gate: (B,) the gate's value g, from 0 to 1.
+        skipped: (B,) bool, True where f2 was not asked.
+    """
+
+    log_probs: Tensor
+    gate: Tensor
+    skipped: Tensor
+
+
+@register_head("biased")
+class BiasedHead(RegressionHead):
+    """Kernel regression where a gate trusts it, the rest of the network elsewhere (review, equation 14).
+
+    ``h = f1(x)``, ``phi = p(h)``, ``z1 = sum_i z_i k(phi, phi_i) / sum_i k(phi, phi_i)`` over the k nearest stored
+    phi_i, ``z2 = f2(h)``, ``g = mean_i k_g(phi, phi_i)`` with a width of its own, ``z = g z1 + (1 - g) z2``,
+    ``y = clf(z)``. In evaluation rows with g at or above the threshold have ``z = z1``, and a model cut in two by
+    ``attach_head(model, "biased", at=...)`` does not run f2 on them.
+
+    The network is trained first, by the cross-entropy of ``clf(z2)``, as with a dense head; beside it the projector by
+    the cross-entropy of a linear layer, whose gradient stops at h. Then, with f1, f2 and clf frozen, `gate_loss` trains
+    projector and gate (`nnheads.fit_gate`; `nnheads.fit` ends with it). The gate earns its trust: g is trained to be
+    the probability that z1 is answered as the whole network would answer, which is what skipping f2 puts at risk; the
+    gradient reaches the projector, which pulls samples towards their neighbours where these know the answer and away
+    where they do not. At each refresh the threshold is chosen on samples that taught neither projector nor gate: the
+    lowest at which accuracy falls by no more than ``tolerance``.
+
+    Embeddings (B, in_features) are phi and z2 side by side. Without a projector both are the whole embedding: the head
+    works on any backbone, and there is nothing to skip. Classes that the classifier was not trained on are answered by
+    the share of their samples in the kernel regression's weights; classes without a stored sample are not answered.
+
+    Args:
+        in_features: width of the embeddings, the projection's included.
+        num_classes: number of classes C.
+        projector: the projector as `build_projector` takes it, or a module, with ``dim``; None for none.
+        dim: width of the projection where the projector is a module.
+        k: number of neighbours.
+        sigma: width of the regression's kernel: a number or ``"auto"``, chosen at each refresh.
+        gate_sigma: width of the gate's kernel: ``"learned"``, ``"auto"`` or a number.
+        threshold: g from which f2 is skipped, above 1 for never; ``"auto"`` chooses it at each refresh.
+        tolerance: accuracy that may be lost to skipping, as a share, for ``threshold="auto"``.
+        per_class: samples of each class that a refresh keeps as centers; None keeps all.
+        holdout: share of the samples, by id, that teach neither projector nor gate and choose the threshold.
+        gate_epochs: passes over the data with which `nnheads.fit` trains projector and gate at its end.
+        normalize: scale projections to unit length.
+        engine: see `nnheads.index.build_index`.
+    """
+
+    differentiable = True
+    trains_with = "objective"
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        projector: Mapping[str, Any] | nn.Module | None = None,
+        dim: int | None = None,
+        k: int = 16,
+        sigma: float | Literal["auto"] = "auto",
+        gate_sigma: float | Literal["auto", "learned"] = "learned",
+        threshold: float | Literal["auto"] = "auto",
+        tolerance: float = 0.005,
+        per_class: int | None = 200,
+        holdout: float = 0.1,
+        gate_epochs: int = 3,
+        normalize: bool = False,
+        engine: Literal["auto", "torch", "faiss"] = "auto",
+    ) -> None:
+        spec: Mapping[str, Any] | None = (
+            {"kind": "module", "dim": dim} if isinstance(projector, nn.Module) else projector
+        )
+        projected = int(spec.get("dim") or 0) if spec is not None else 0
+        super().__init__(
+            in_features,
+            num_classes,
+            projected=projected,
+            k=k,
+            sigma=sigma,
+            per_class=per_class,
+            normalize=normalize,
+            engine=engine,
+        )
+        positive("biased", "gate_epochs", gate_epochs, integer=True, zero=True)
+        self.spec = dict(spec) if spec is not None else None
+        self.projector = projector if isinstance(projector, nn.Module) else build_projector(spec) if spec else None
+        self.gate_epochs = gate_epochs
+        self.gate = Gate(gate_sigma, threshold, tolerance, holdout)
+        self.classifier = DenseObjective(in_features - projected, num_classes)
+        self.auxiliary = DenseObjective(projected, num_classes) if projected else None
+        self._gating = False
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "projector": self.spec,
+            "k": self.k,
+            "sigma": self.width.sigma,
+            "gate_sigma": self.gate.width.sigma,
+            "threshold": self.gate.option,
+            "tolerance": self.gate.tolerance,
+            "per_class": self.per_class,
+            "holdout": self.gate.holdout,
+            "gate_epochs": self.gate_epochs,
+            "normalize": self.normalize,
+            "engine": self.engine,
+        }
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    @property
+    def gating(self) -> bool:
+        """Whether `loss` is `gate_loss` for now, see `training_the_gate`."""
+        return self._gating
+
+    @contextmanager
+    def training_the_gate(self) -> Iterator[None]:
+        """`loss` is `gate_loss` and the classifier is frozen as long as this lasts."""
+        frozen = [(p, p.requires_grad) for p in self.classifier.parameters()]
+        self._gating = True
+        for p, _ in frozen:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            self._gating = False
+            for p, needed in frozen:
+                p.requires_grad_(needed)
+
+    def loss(self, z: Tensor, y: Tensor, *, ids: Tensor | None = None) -> Tensor:
+        """Cross-entropy of the network's answer and of the projector's linear layer; arguments as in `Head.loss`."""
+        if self._gating:
+            return self.gate_loss(z, y, ids=ids)
+        z = self._check(z)
+        self._check_labels(y, len(z))
+        given = self._check_ids(ids, len(z))
+        with torch.autocast(z.device.type, enabled=False):
+            loss: Tensor = self.classifier(self._second(z), y)
+            return loss + self._auxiliary_loss(z, y, held_out(given, len(z), self.gate.holdout))
+
+    def gate_loss(self, z: Tensor, y: Tensor, *, ids: Tensor | None = None) -> Tensor:
+        """What teaches projector and gate once the network is trained; needs a filled memory.
+
+        The cross-entropy of the projector's linear layer; the divergence of ``clf(z1)`` from the network's answer
+        ``clf(z2)``; and the binary cross-entropy of g with whether the two name the same class. Samples that are held
+        out (by id) are left out. Centers of the batch's samples move to their new projections.
+        """
+        z = self._check(z)
+        self._check_labels(y, len(z))
+        given = self._check_ids(ids, len(z))
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.to(self.memory.keys.dtype)
+            out = held_out(given, len(z), self.gate.holdout)
+            loss = self._auxiliary_loss(z, y, out)
+            teaches = ~out
+            if not len(self.memory) or not bool(teaches.any()):
+                return loss
+            phi = self._embed(z)
+            z1, g, _ = self._regression(phi, given)
+            network = self.classifier.layer(self._second(z)).detach().log_softmax(-1)[teaches]
+            first = self.classifier.layer(z1).log_softmax(-1)[teaches]
+            agrees = (first.argmax(-1) == network.argmax(-1)).to(g.dtype)
+            imitation = F.kl_div(first, network, reduction="batchmean", log_target=True)
+            trust = F.binary_cross_entropy(g[teaches].clamp(1e-6, 1 - 1e-6), agrees)
+            if self.training:
+                self._track(phi, given)
+            return loss + imitation + trust
+
+    def _auxiliary_loss(self, z: Tensor, y: Tensor, out: Tensor) -> Tensor:
+        if self.auxiliary is None or bool(out.all()):
+            return z.sum() * 0
+        loss: Tensor = self.auxiliary(z[~out, : self.projected], y[~out])
+        return loss
+
+    # ---- storing -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _refreshed_with(self, z: Tensor, y: Tensor, ids: Tensor) -> None:
+        self.calibrate(z, y, ids)
+
+    @torch.no_grad()
+    def widen(self, num_classes: int) -> None:
+        super().widen(num_classes)
+        self.classifier.widen(self.num_classes)
+        if self.auxiliary is not None:
+            self.auxiliary.widen(self.num_classes)
+
+    @torch.no_grad()
+    def choose_widths(self) -> None:
+        super().choose_widths()
+        self.gate.width.choose(self._stored_distances(), len(self.memory))
+
+    @torch.no_grad()
+    def calibrate(self, z: Tensor, y: Tensor, ids: Tensor | None = None) -> None:
+        """Choose the gate's threshold on samples, where it is automatic.
+
+        Args:
+            z: (n, in_features) embeddings.
+            y: (n,) labels.
+            ids: (n,) ids of samples of the training set: of these, those held out count, unless they are few. None for
+                samples that were not trained on, which all count.
+        """
+        if self.gate.option != "auto" or not len(self.memory) or not len(z):
+            return
+        given = self._check_ids(ids, len(z))
+        if given is not None:
+            out = held_out(given, len(z), self.gate.holdout)
+            if int(out.sum()) >= min(100, len(z)):
+                z, y, given = z[out], y[out], given[out]
+        self.gate.choose(self.verdicts(z, y, given))
+
+    @torch.no_grad()
+    def verdicts(self, z: Tensor, y: Tensor, ids: Tensor | None = None) -> Verdicts:
+        """The gate's value for samples, and who answers them right: regression, mixture, network.
+
+        Args:
+            z: (n, in_features) embeddings.
+            y: (n,) labels.
+            ids: (n,) or (n, m) ids of samples that are stored, each of which is judged without itself; None for others.
+        """
+        right, gates = [], []
+        given = self._check_ids(ids, len(z))
+        with torch.autocast(z.device.type, enabled=False):
+            for part in torch.arange(len(z), device=z.device).split(1024):
+                phi, z2 = (
+                    self._embed(z[part].to(self.memory.keys.dtype)),
+                    self._second(z[part]).to(self.memory.keys.dtype),
+                )
+                z1, g, votes = self._regression(phi, given[part] if given is not None else None)
+                mixed = torch.lerp(z2, z1, g.unsqueeze(-1))
+                answers = [self._answer(each, votes).argmax(-1) == y[part] for each in (z1, mixed, z2)]
+                right.append(torch.stack(answers, 1))
+                gates.append(g)
+        return Verdicts(torch.cat(gates), *torch.cat(right).unbind(1))
+
+    # ---- answering -----------------------------------------------------------------------------------------------
+
+    def project(self, h: Tensor) -> Tensor:
+        """Features h of f1, (B, ...), to projections (B, projected)."""
+        if self.projector is None:
+            raise ConfigError("head 'biased' has no projector: attach_head(model, 'biased', at=...) gives it one")
+        projected: Tensor = self.projector(h)
+        return projected
+
+    def gated(self, h: Tensor, f2: Callable[[Tensor], Tensor], *, ids: Tensor | None = None) -> Gated:
+        """Answers with conditional compute: f2 sees only the rows whose gate is below the threshold.
+
+        Args:
+            h: (B, ...) features of f1.
+            f2: from rows of h to embeddings (n, d).
+            ids: as in `forward`.
+        """
+        phi = self.project(h)
+        given = self._check_ids(ids, len(h))
+        if not bool(torch.isfinite(phi).all()):
+            raise ShapeError("head 'biased': projections hold NaN or infinity; check the input")
+        if not len(self.memory):
+            out = self._uniform(phi.detach())
+            return Gated(out, out.new_zeros(len(out)), torch.zeros(len(out), dtype=torch.bool, device=out.device))
+        with torch.autocast(h.device.type, enabled=False):
+            phi = phi if phi.dtype == torch.float64 else phi.float()
+            z, g, votes = self._regression(self._embed(phi.to(self.memory.keys.dtype)), given)
+        skipped = g >= self.gate.threshold
+        rows = (~skipped).nonzero().squeeze(1)
+        if len(rows):
+            z2 = f2(h if len(rows) == len(h) else h[rows])
+            if not bool(torch.isfinite(z2).all()):
+                raise ShapeError("head 'biased': embeddings hold NaN or infinity; check the input")
+            z = z.index_copy(0, rows, torch.lerp(z2.to(z.dtype), z[rows], g[rows].unsqueeze(-1)))
+        with torch.autocast(h.device.type, enabled=False):
+            return Gated(self._answer(z, votes).to(phi.dtype), g, skipped)
+
+    def _log_probs(self, z: Tensor, ids: Tensor | None) -> Tensor:
+        if not len(self.memory):
+            return self._uniform(z)
+        z = z.to(self.memory.keys.dtype)
+        z1, g, votes = self._regression(self._embed(z), ids)
+        mixed = torch.lerp(self._second(z), z1, g.unsqueeze(-1))
+        if not self.training:
+            mixed = torch.where((g >= self.gate.threshold).unsqueeze(-1), z1, mixed)
+        return self._answer(mixed, votes)
+
+    def _regression(self, phi: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """z1 (B, d), gate (B,) and class shares (B, C) of the neighbours of projections (B, projected)."""
+        near = self._near(phi, ids)
+        if self.training:
+            self.gate.width.follow(near.sq_distances.detach(), near.valid)
+        return near.regressed, self.gate(near.sq_distances, near.valid), near.votes
+
+    def _answer(self, z: Tensor, votes: Tensor) -> Tensor:
+        """Log-probabilities of the classes with stored samples, from the classifier or, where it knows none, votes."""
+        held = torch.bincount(self.memory.labels[: len(self.memory)], minlength=self.num_classes) > 0
+        known = self.classifier.seen & held
+        logits: Tensor = self.classifier.layer(z)
+        if bool(known.all()):
+            return logits.log_softmax(-1)
+        others = votes * ~known
+        if bool(known.any()):
+            probabilities = logits.masked_fill(~known, -math.inf).softmax(-1)
+            others = probabilities * (1 - others.sum(-1, keepdim=True)).clamp_min(0) + others
+        mixed = (1 - _FLOOR) * others + _FLOOR / self.num_classes
+        return mixed.log().log_softmax(-1)
+
+
+_FLOOR = 1e-6
+"""Probability that is spread over all classes where some are not answered, so that their log-loss is finite."""
