@@ -20,7 +20,6 @@ from torch import Tensor
 from nnheads.benchmarks.core50 import find_core50, load_core50
 from nnheads.benchmarks.folders import (
     Progress,
-    cache_root,
     check_same_classes,
     class_folders,
     from_folder,
@@ -29,6 +28,7 @@ from nnheads.benchmarks.folders import (
 )
 from nnheads.data import ImageSet, Preprocessing, stratified_split
 from nnheads.errors import ConfigError, DataError, unknown_name
+from nnheads.storage import cache_root
 
 __all__ = [
     "DATASETS",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nnheads.data import ImageSet, Preprocessing
 from nnheads.errors import DataError
+from nnheads.storage import cache_root
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and how much there is (0: not known)."""
@@ -29,12 +30,6 @@ T = TypeVar("T")
 LARGEST_NATURAL = 64
 FALLBACK_SIZE = (64, 64)
 _CHUNK = 256
-
-
-def cache_root() -> Path:
-    """Where downloads and decoded images are kept: ``$NNHEADS_CACHE``, else ``~/.cache/nnheads``."""
-    given = os.environ.get("NNHEADS_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "nnheads"
 
 
 def class_folders(folder: Path) -> list[Path]:

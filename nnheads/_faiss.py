@@ -45,6 +45,17 @@ def faiss_available() -> bool:
     return True
 
 
+@functools.cache
+def faiss_gpu_available() -> bool:
+    """Whether FAISS sees a GPU; where torch has one and FAISS does not, one line in the log says so."""
+    if not faiss_available():
+        return False
+    seen = int(load_faiss().get_num_gpus()) > 0
+    if not seen and torch.cuda.is_available():
+        _log.warning("this FAISS build sees no GPU: torch searches there")
+    return seen
+
+
 def faiss_nearest(queries: Tensor, keys: Tensor, offset: Tensor, k: int, metric: str) -> Tensor:
     """Exact nearest rows by FAISS, with no copy of the tensors.
 

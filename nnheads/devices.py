@@ -72,6 +72,11 @@ def prefers_channels_last(device: torch.device, precision: Precision = "auto") -
     return device.type in ("cpu", "cuda") and resolve_precision(device, precision) == torch.bfloat16
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether matrices are multiplied faster in bfloat16 than in float32: CPUs with AMX, CUDA from Ampere on."""
+    return resolve_precision(device) == torch.bfloat16
+
+
 @cache
 def _has_amx() -> bool:
     # Without AMX, bfloat16 convolutions on a CPU are slower than float32 ones. Torch has no public name for this.

@@ -1,195 +1,37 @@
-"""Which stored rows are nearest to a query: exact search in torch and in FAISS behind one contract.
-
-An index returns rows only. Distances are recomputed by the caller from the stored keys, so that gradients, quantization
-and staleness have one home. Every engine reads the caller's keys in place and keeps one number a row beside them (its
-squared norm, infinity where the row must not be found), so changing a few rows costs a few rows and no engine holds a
-copy that can grow stale.
-"""
+"""Which stored rows are nearest to a query: exact search in torch and in FAISS behind one contract, see `Index`."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
-from nnheads._faiss import faiss_available, faiss_nearest, load_faiss
-from nnheads.errors import ConfigError, EmptyMemoryError, ShapeError, unknown_name
+from nnheads._exact import HalfKeys
+from nnheads._faiss import faiss_available, load_faiss
+from nnheads._index_base import METRICS, Index, Metric, unit_rows
+from nnheads.errors import ShapeError, unknown_name
+from nnheads.search_costs import Plan, cost_model, engines_for, spend
 
-Metric = Literal["l2", "l1", "cosine"]
+__all__ = [
+    "ENGINES",
+    "METRICS",
+    "AutoIndex",
+    "Engine",
+    "FaissIndex",
+    "Index",
+    "Metric",
+    "Plan",
+    "TorchIndex",
+    "build_index",
+    "unit_rows",
+]
+
 Engine = Literal["auto", "torch", "faiss"]
-METRICS: tuple[Metric, ...] = ("l2", "l1", "cosine")
 ENGINES: tuple[Engine, ...] = ("auto", "torch", "faiss")
 
-_CHUNK_BYTES = 256 * 2**20  # distances held at once
-
-_FAISS_PRODUCTS = 128_000  # numbers in a batch from which FAISS 1.15 multiplies matrices
-
-
-class Index(ABC):
-    """Exact nearest rows of a key matrix.
-
-    Ties are broken arbitrarily, and two engines may break them differently; so are rows whose distances differ by less
-    than the rounding of ``|q|^2 + |c|^2`` in the keys' dtype. A copy or a pickle of an index is an unbuilt one: its
-    owner builds it again.
-
-    Args:
-        metric: ``"l2"`` (default), ``"l1"`` or ``"cosine"``.
-
-    Raises:
-        UnknownNameError: a metric that is none of these.
-    """
-
-    def __init__(self, metric: Metric = "l2") -> None:
-        if metric not in METRICS:
-            raise unknown_name("metric", metric, METRICS)
-        self.metric: Metric = metric
-        self._source: Tensor | None = None  # the caller's keys
-        self._active: Tensor | None = None
-        self._keys: Tensor = torch.empty(0, 0)  # what is searched: the caller's keys, or unit vectors for cosine
-        self._offset: Tensor = torch.empty(0)  # (N,) added to the products; infinity hides a row
-        self._findable = 0
-        self._packed: tuple[Tensor, Tensor, Tensor] | None = None  # active rows, their keys and offsets, for FAISS
-
-    @property
-    def built(self) -> bool:
-        """Whether ``build`` was called (a copy or a pickle of a built index is not built)."""
-        return self._source is not None
-
-    def build(self, keys: Tensor, active: Tensor | None = None) -> None:
-        """Take the keys to search, by reference.
-
-        The tensors are read again at each search: after changing them in place, call ``update`` with the rows changed.
-        With ``metric="cosine"`` a normalized copy of the keys is kept.
-
-        Args:
-            keys: (N, d) float32 or float64; float64 keys are searched in float64.
-            active: (N,) bool, the rows that may be found; all of them by default.
-
-        Raises:
-            ShapeError: wrong shape or dtype, or an active row that is not finite.
-        """
-        if keys.ndim != 2 or keys.dtype not in (torch.float32, torch.float64):
-            raise ShapeError(f"keys must be a (N, d) float32 or float64 tensor, got {tuple(keys.shape)} {keys.dtype}")
-        if active is not None and (active.shape != keys.shape[:1] or active.dtype != torch.bool):
-            raise ShapeError(f"active must be a ({len(keys)},) bool tensor, got {tuple(active.shape)} {active.dtype}")
-        source = keys.detach()
-        offset = self._offsets(source, active, None)
-        self._source, self._active, self._offset = source, active, offset
-        self._keys = unit_rows(source) if self.metric == "cosine" else source
-        self._changed()
-
-    def update(self, rows: Tensor) -> None:
-        """Tell the index that these rows, or their active flags, were changed in place.
-
-        Args:
-            rows: (R,) int64 rows of the keys; repeats are harmless.
-
-        Raises:
-            EmptyMemoryError: the index is not built.
-            ShapeError: a row out of range, or an active row that is not finite.
-        """
-        source = self._built_source()
-        if rows.numel() == 0:
-            return
-        if rows.dtype != torch.int64 or int(rows.min()) < 0 or int(rows.max()) >= len(source):
-            raise ShapeError(f"rows must be int64 in 0..{len(source) - 1}, got {rows.dtype} {_span(rows)}")
-        rows = rows.to(source.device).flatten()
-        self._offset[rows] = self._offsets(source, self._active, rows)
-        if self.metric == "cosine":
-            self._keys[rows] = unit_rows(source[rows])
-        self._changed()
-
-    def search(self, queries: Tensor, k: int) -> Tensor:
-        """The ``k`` nearest active rows of each query, nearest first.
-
-        Args:
-            queries: (B, d) of any floating dtype; compared in the keys' dtype, also under autocast.
-            k: neighbours to return, at least 1.
-
-        Returns:
-            (B, k) int64 rows on the queries' device; -1 in the slots beyond the number of active rows.
-
-        Raises:
-            ConfigError: ``k`` below 1.
-            EmptyMemoryError: the index is not built.
-            ShapeError: queries of another width, or not finite.
-        """
-        keys = self._built_source()
-        if k < 1:
-            raise ConfigError(f"k must be at least 1, got {k}")
-        if queries.ndim != 2 or queries.shape[1] != keys.shape[1] or not queries.is_floating_point():
-            raise ShapeError(
-                f"queries must be a (B, {keys.shape[1]}) floating tensor as the keys are {keys.shape[1]} wide, "
-                f"got {tuple(queries.shape)} {queries.dtype}"
-            )
-        wanted = queries.detach().to(device=keys.device, dtype=keys.dtype)
-        if not bool(torch.isfinite(wanted).all()):
-            raise ShapeError("queries hold NaN or infinity: check the embeddings (and the learning rate)")
-        rows = torch.full((len(wanted), k), -1, dtype=torch.int64, device=keys.device)
-        found = min(k, self._findable)
-        if found and len(wanted):
-            with torch.autocast(keys.device.type, enabled=False):
-                if self.metric == "cosine":
-                    wanted = unit_rows(wanted)
-                rows[:, :found] = self._nearest(wanted, found)
-        return rows.to(queries.device)
-
-    @abstractmethod
-    def _nearest(self, queries: Tensor, k: int) -> Tensor:
-        """(B, k) rows for checked queries on the keys' device; ``k`` is at most the number of findable rows."""
-
-    def _by_torch(self, queries: Tensor, k: int) -> Tensor:
-        keys, offset = self._keys, self._offset
-        found = []
-        for part in queries.split(max(1, _CHUNK_BYTES // (len(keys) * keys.element_size()))):
-            if self.metric == "l1":
-                distances = torch.cdist(part, keys, p=1.0).add_(offset)
-            else:
-                distances = torch.addmm(offset, part, keys.T, alpha=-2)
-            found.append(torch.topk(distances, k, dim=1, largest=False).indices)
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    def _by_faiss(self, queries: Tensor, k: int) -> Tensor:
-        # FAISS's own way to leave rows out, a selector, gives up its matrix products; on a GPU it has none.
-        if self._findable == len(self._keys):
-            return faiss_nearest(queries, self._keys, self._offset, k, self.metric)
-        if self._packed is None:
-            rows = torch.isfinite(self._offset).nonzero().flatten()
-            self._packed = rows, self._keys[rows], self._offset[rows]
-        rows, keys, offset = self._packed
-        return rows[faiss_nearest(queries, keys, offset, k, self.metric)]
-
-    def _changed(self) -> None:
-        self._findable = int(torch.isfinite(self._offset).sum())
-        self._packed = None
-
-    def _offsets(self, source: Tensor, active: Tensor | None, rows: Tensor | None) -> Tensor:
-        """What is added to the products of these rows (all by default), after checking the rows."""
-        part = source if rows is None else source[rows]
-        norms = torch.linalg.vector_norm(part, dim=1).square()
-        hidden = torch.zeros_like(norms, dtype=torch.bool)
-        if active is not None:
-            hidden = ~(active if rows is None else active[rows])
-        wrong = ~(torch.isfinite(norms) | hidden)
-        if bool(wrong.any()):
-            first = int(wrong.nonzero()[0])
-            row = first if rows is None else int(rows[first])
-            raise ShapeError(f"row {row} of the keys holds NaN, infinity or a norm beyond {source.dtype}")
-        offset = norms if self.metric == "l2" else torch.zeros_like(norms)
-        return offset.masked_fill(hidden, torch.inf)
-
-    def _built_source(self) -> Tensor:
-        if self._source is None:
-            raise EmptyMemoryError("the index holds no keys: call build(keys) first (a copied index is unbuilt)")
-        return self._source
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"metric": self.metric}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["metric"])  # type: ignore[misc]
+_COPY_SECONDS = 1.5e-9  # of making the bfloat16 copy, a number of the keys
+_REFUSED = 0.05  # share of queries without a proof from which the plan is made anew
 
 
 @final
@@ -232,25 +74,86 @@ class FaissIndex(Index):
 
 @final
 class AutoIndex(Index):
-    """Exact search by whichever engine is the faster for the call.
+    """Exact search by whichever engine is the fastest for the call; `explain_plan` says which and why.
 
-    FAISS is taken for contiguous float32 keys on the CPU when the metric is L1 (2 to 7 times faster at every size
-    measured), or when it will multiply matrices (``batch * d >= 128,000``) and no row is hidden (0.5 to 0.9 of torch's
-    time). Torch is taken otherwise: below that size FAISS compares pair by pair and takes 1.2 to 15 times as long, a
-    single query costs both the same, and on a GPU a matrix product with top-k is the faster. Measured with FAISS 1.15,
-    one thread, 1,000 to 50,000 keys of 64 to 512 dimensions, batches of 1 to 1,000.
+    The engines are a matrix product with top-k, the same with a top-k in two stages, FAISS, and, where the device
+    multiplies bfloat16 faster, a bfloat16 search with a float32 ranking of a few more candidates, where each query's
+    answer is proved or else searched anew: results are those of float32. Their cost is predicted by
+    `nnheads.search_costs`. The bfloat16 copy takes half the bytes of the keys; it is made once searches have lost as
+    much time without it as making it costs. L1 distances and float64 keys have one engine each.
     """
 
-    def _nearest(self, queries: Tensor, k: int) -> Tensor:
-        if self._prefers_faiss(queries.numel()) and faiss_available():
-            return self._by_faiss(queries, k)
-        return self._by_torch(queries, k)
+    def __init__(self, metric: Metric = "l2") -> None:
+        super().__init__(metric)
+        self._half: HalfKeys | None = None
+        self._missed = 0.0  # seconds that a bfloat16 copy would have saved
+        self._plans: dict[tuple[int, int], Plan] = {}
 
-    def _prefers_faiss(self, query_numbers: int) -> bool:
+    def explain_plan(self, batch: int, k: int) -> Plan:
+        """What would search ``batch`` queries for ``k`` neighbours, what each engine would take, and why.
+
+        Raises:
+            EmptyMemoryError: the index is not built.
+        """
+        keys = self._built_source()
+        rows, width = keys.shape
+        device, hidden = keys.device, self._findable < len(keys)
+        if self.metric == "l1":
+            return Plan("faiss" if self._takes_faiss() else "torch", {}, "L1 distances have no matrix product")
+        if keys.dtype != torch.float32 or device.type not in ("cpu", "cuda") or not self._findable:
+            return Plan("torch", {}, f"{keys.dtype} keys on {device.type} are searched by torch alone")
+        model = cost_model(device)
+        engines = [engine for engine in engines_for(device, batch * width) if engine in model.weights]
+        if hidden or not keys.is_contiguous():
+            engines = [engine for engine in engines if not engine.startswith("faiss")]  # it would need a copy
+        seconds = {engine: model.seconds(engine, rows, width, batch, min(k, self._findable)) for engine in engines}
+        if "bfloat16" in seconds and self._half is not None:
+            seconds["bfloat16"] += self._half.refused * seconds["torch-groups"]
+        return Plan(min(seconds, key=seconds.__getitem__), seconds, f"the least by the {model.source} cost model")
+
+    def prepare(self, batch: int, k: int) -> Plan:
+        """Make now what such searches will use, rather than when it has been missed enough; the plan for them."""
+        plan = self.explain_plan(batch, k)
+        if plan.engine == "bfloat16" and self._half is None:
+            self._half = HalfKeys(self._keys, self._offset, self.metric == "cosine")
+        return plan
+
+    def _nearest(self, queries: Tensor, k: int) -> Tensor:
+        call = len(queries), k
+        plan = self._plans.get(call) or self._plans.setdefault(call, self.explain_plan(*call))
+        engine = plan.engine
+        if engine == "bfloat16" and self._half is None:
+            self._missed += plan.advantage
+            if self._missed >= _COPY_SECONDS * self._keys.numel():
+                self._half = HalfKeys(self._keys, self._offset, self.metric == "cosine")
+            else:
+                engine = plan.without("bfloat16")
+        if plan.seconds and spend(plan.seconds[engine], queries.device):
+            self._plans.clear()
+        if engine == "bfloat16" and self._half is not None:
+            rows = self._half.nearest(queries, k)
+            if self._half.refused > _REFUSED:
+                self._plans.clear()
+            return rows
+        if engine.startswith("faiss"):
+            return self._by_faiss(queries, k)
+        return self._by_torch(queries, k, two_stages=engine == "torch-groups")
+
+    def _changed(self, rows: Tensor | None) -> None:
+        before = self._findable == len(self._offset)
+        super()._changed(rows)
+        if rows is None or before != (self._findable == len(self._offset)):
+            self._plans.clear()
+        if self._half is None:
+            return
+        if rows is None or 2 * len(rows) > len(self._keys):
+            self._half = None  # with a mean of its own again
+        else:
+            self._half.update(rows)
+
+    def _takes_faiss(self) -> bool:
         keys = self._keys
-        if keys.device.type != "cpu" or keys.dtype != torch.float32 or not keys.is_contiguous():
-            return False
-        return self.metric == "l1" or (query_numbers >= _FAISS_PRODUCTS and self._findable == len(keys))
+        return keys.device.type == "cpu" and keys.dtype == torch.float32 and keys.is_contiguous() and faiss_available()
 
 
 def build_index(engine: Engine = "auto", metric: Metric = "l2") -> Index:
@@ -268,12 +171,3 @@ def build_index(engine: Engine = "auto", metric: Metric = "l2") -> Index:
     if engine not in engines:
         raise unknown_name("search engine", engine, engines)
     return engines[engine](metric)
-
-
-def unit_rows(vectors: Tensor) -> Tensor:
-    """Rows scaled to unit length."""
-    return torch.nn.functional.normalize(vectors, dim=1)  # a vector of zeros stays one: cosine 0, as scikit-learn
-
-
-def _span(rows: Tensor) -> str:
-    return f"{rows.min().item()}..{rows.max().item()}"

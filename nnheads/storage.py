@@ -101,6 +101,24 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file beside the path and moves it there when it is complete."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def cache_root() -> Path:
+    """Where downloads, decoded images and measured costs are kept: ``$NNHEADS_CACHE``, else ``~/.cache/nnheads``."""
+    given = os.environ.get("NNHEADS_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "nnheads"
+
+
 def write_tensors(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Writes a state dict through to the disk.
 

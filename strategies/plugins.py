@@ -44,7 +44,7 @@ class GEM(GEMPlugin):  # type: ignore[misc]
         The dual ``min 1/2 v'GG'v + (Gg)'v, v >= memory_strength`` is a non-negative least-squares problem in
         ``v - memory_strength`` once GG' is factored.
         """
-        from scipy.optimize import nnls  # type: ignore[import-untyped]  # without types
+        from scipy.optimize import nnls
 
         kept = self.G.double().cpu().numpy()
         gradient = g.double().cpu().numpy()

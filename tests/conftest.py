@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def default_search_costs() -> Iterator[None]:
+    """Tests choose the same engines on every machine, and leave the user's cache alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NNHEADS_SEARCH_COSTS", "default")
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

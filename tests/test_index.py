@@ -16,9 +16,10 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 import nnheads.index as index_module
+from nnheads import _exact
 from nnheads._faiss import faiss_available
 from nnheads.errors import ConfigError, EmptyMemoryError, ShapeError, UnknownNameError
-from nnheads.index import ENGINES, METRICS, AutoIndex, Index, Metric, build_index
+from nnheads.index import ENGINES, METRICS, AutoIndex, Index, Metric, Plan, build_index
 
 engines = pytest.mark.parametrize("engine", ENGINES)
 metrics = pytest.mark.parametrize("metric", METRICS)
@@ -131,7 +132,7 @@ def test_chunks_agree_with_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         index.build(keys)
         whole = index.search(queries, 5)
         with monkeypatch.context() as patch:
-            patch.setattr(index_module, "_CHUNK_BYTES", 7 * 300 * 4)
+            patch.setattr(_exact, "CHUNK_BYTES", 7 * 300 * 4)
             assert torch.equal(index.search(queries, 5), whole)
 
 
@@ -245,7 +246,6 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
 
 def test_without_faiss(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    monkeypatch.setattr(AutoIndex, "_prefers_faiss", lambda *_: True)
     faiss_available.cache_clear()
     with pytest.raises(ConfigError, match="faiss-cpu"):
         build_index("faiss")
@@ -256,17 +256,30 @@ def test_without_faiss(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         check(index, keys[:300], keys, None, 3)
         check(index, keys[:300], keys, None, 3)
+        assert "faiss" not in str(index.explain_plan(300, 3))
     assert len(caplog.records) == 1
     monkeypatch.undo()
     faiss_available.cache_clear()
 
 
-def test_auto_uses_both_engines_and_they_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys, queries = torch.randn(400, 12), torch.randn(30, 12)
-    found = []
-    for answer in (True, False):
-        monkeypatch.setattr(AutoIndex, "_prefers_faiss", lambda *_, answer=answer: answer)
-        index = build_index("auto")
-        index.build(keys)
-        found.append(index.search(queries, 9))
-    assert torch.equal(*found)
+@pytest.mark.parametrize("planned", ["torch", "torch-groups", "bfloat16", "faiss-pairs", "faiss-products"])
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_auto_does_what_its_plan_says(planned: str, metric: Metric, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"torch": 1.0, "torch-groups": 1.0, planned: 0.5}
+    monkeypatch.setattr(AutoIndex, "explain_plan", lambda *_: Plan(planned, seconds, "told so"))
+    monkeypatch.setattr(index_module, "spend", lambda *_: False)
+    generator = torch.Generator().manual_seed(3)
+    keys, queries = torch.randn(700, 12, generator=generator), torch.randn(30, 12, generator=generator)
+    active = torch.ones(700, dtype=torch.bool)
+    active[::3] = False
+    index = build_index("auto", metric)
+    index.build(keys, active)
+    check(index, queries, keys, active, 9)
+    changed = torch.arange(0, 90)
+    keys[changed], active[changed] = torch.randn(90, 12, generator=generator) + 1, True
+    active[600:] = False
+    index.update(torch.cat([changed, torch.arange(600, 700)]))
+    check(index, queries, keys, active, 9)
+    keys += 0.1
+    index.update(torch.arange(700))
+    check(index, queries, keys, active, 9)

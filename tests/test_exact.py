@@ -1,0 +1,169 @@
+"""Exact search by two stages and by bfloat16 with a proof, the cost model, and what the plan says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nnheads import _exact, search_costs
+from nnheads._exact import HalfKeys, group_size, products_nearest
+from nnheads.index import AutoIndex, build_index
+from nnheads.search_costs import CostModel, cost_model, engines_for
+
+CPU = torch.device("cpu")
+
+
+def clusters(rows: int, width: int, seed: int = 0) -> Tensor:
+    """Positive, far from the origin, in clusters: as embeddings behind a ReLU are."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(20, width, generator=torch.Generator().manual_seed(9))
+    noise = 0.3 * torch.randn(rows, width, generator=generator)
+    return (centers[torch.randint(0, 20, (rows,), generator=generator)] + noise).relu() + 3
+
+
+def distances(queries: Tensor, keys: Tensor) -> Tensor:
+    return torch.cdist(queries.double(), keys.double(), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+@pytest.mark.parametrize(("rows", "k"), [(5000, 1), (5000, 32), (4999, 7), (300, 300), (40, 3), (1, 1)])
+def test_two_stages_find_what_one_finds(rows: int, k: int) -> None:
+    keys, queries = clusters(rows, 16), clusters(20, 16, 1)
+    offset = keys.square().sum(1)
+    one = products_nearest(queries, keys, offset, k)
+    two = products_nearest(queries, keys, offset, k, two_stages=True)
+    near = distances(queries, keys)
+    torch.testing.assert_close(near.gather(1, two), near.gather(1, one), rtol=1e-6, atol=1e-6)
+    assert all(len(set(row)) == k for row in two.tolist())
+    assert group_size(5000, 32) >= 8
+
+
+@pytest.mark.parametrize(("rows", "k"), [(5000, 1), (5000, 32), (700, 700), (257, 5), (1, 1)])
+@pytest.mark.parametrize("width", [3, 64])
+def test_bfloat16_answers_are_those_of_float32(rows: int, k: int, width: int) -> None:
+    keys, queries = clusters(rows, width), torch.cat([clusters(90, width, 1), 100 * torch.randn(10, width)])
+    queries[:3] = keys[:1]  # at a key
+    half = HalfKeys(keys, keys.square().sum(1), inner=False)
+    near = distances(queries, keys)
+    found = half.nearest(queries, k)
+    assert all(len(set(row)) == k for row in found.tolist())
+    torch.testing.assert_close(near.gather(1, found), near.sort(1).values[:, :k], rtol=1e-5, atol=2e-3)
+
+
+def test_most_queries_among_embeddings_are_proved_and_the_rest_is_searched_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys, queries = clusters(20_000, 64), clusters(500, 64, 1)
+    half = HalfKeys(keys, keys.square().sum(1), inner=False)
+    for _ in range(4):  # the margin of candidates grows where rows lie densely
+        half.nearest(queries, 32)
+    assert half.refused < 0.02
+    assert half.bytes < 0.7 * keys.numel() * 4
+    monkeypatch.setattr(_exact, "_WIDEST", 1)
+    # two clusters so dense that bfloat16 sees two points: nothing can be proved, and it is still right
+    generator = torch.Generator().manual_seed(2)
+    same = torch.ones(3000, 64) * (10 * torch.arange(3000)[:, None] % 20) + 0.01 * torch.randn(
+        3000, 64, generator=generator
+    )
+    half = HalfKeys(same, same.square().sum(1), inner=False)
+    found = half.nearest(same[:40], 5)
+    assert half.refused > 0
+    near = distances(same[:40], same)
+    torch.testing.assert_close(near.gather(1, found), near.sort(1).values[:, :5], rtol=1e-2, atol=0.02)
+
+
+def test_outliers_do_not_spoil_the_bounds_of_the_others() -> None:
+    keys, queries = clusters(5000, 32), clusters(100, 32, 1)
+    keys[17] = 1e6
+    half = HalfKeys(keys, keys.square().sum(1), inner=False)
+    near = distances(queries, keys)
+    torch.testing.assert_close(
+        near.gather(1, half.nearest(queries, 8)), near.sort(1).values[:, :8], rtol=1e-4, atol=1e-3
+    )
+
+
+def test_the_copy_is_made_when_it_has_been_missed_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnheads.search_costs.multiplies_bfloat16", lambda device: True)
+    index = build_index("auto")
+    assert isinstance(index, AutoIndex)
+    keys = clusters(20_000, 64)
+    index.build(keys)
+    assert index.explain_plan(500, 8).engine == "bfloat16"
+    index.search(keys[:1], 1)
+    assert index._half is None
+    for _ in range(5):
+        index.search(keys[:500], 8)
+    assert index._half is not None
+    index.update(torch.arange(10))
+    assert index._half is not None
+    index.build(keys)
+    assert index._half is None
+    assert index.prepare(500, 8).engine == "bfloat16"
+    assert index._half is not None
+
+
+def test_the_plan_says_what_and_why() -> None:
+    index = build_index("auto")
+    assert isinstance(index, AutoIndex)
+    index.build(torch.randn(2000, 16))
+    plan = index.explain_plan(1, 5)
+    assert plan.engine == min(plan.seconds, key=plan.seconds.__getitem__)
+    assert set(plan.seconds) == set(engines_for(CPU, 16))
+    assert "default cost model" in str(plan)
+    assert " ms" in str(plan)
+    index.build(torch.randn(20, 4).double())
+    assert "float64" in str(index.explain_plan(1, 1))
+
+
+def test_costs_are_measured_once_kept_and_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "costs" / "search.json"
+    monkeypatch.setenv("NNHEADS_SEARCH_COSTS", str(file))
+    monkeypatch.setattr(search_costs, "_models", {})
+    fits: list[str] = []
+
+    def fit(device: torch.device) -> dict[str, list[float]]:
+        fits.append(device.type)
+        return {"torch": [1.0] * 6, "faiss-pairs": [2.0] * 6}
+
+    monkeypatch.setattr(search_costs, "_fit", fit)
+    monkeypatch.setattr(search_costs, "_spent", 0.0)
+    assert cost_model(CPU).source == "default"
+    assert not search_costs.spend(1.0, CPU)
+    assert search_costs.spend(5.0, CPU)
+    assert not search_costs.spend(50.0, CPU)
+    assert fits == ["cpu"]
+    assert cost_model(CPU).source == "measured"
+    monkeypatch.setattr(search_costs, "_models", {})  # another process
+    assert cost_model(CPU).seconds("torch", 1, 1, 1, 1) == 6
+    assert [path.name for path in file.parent.iterdir()] == ["search.json"]
+    file.write_text("{ not json")
+    monkeypatch.setattr(search_costs, "_models", {})
+    assert cost_model(CPU).source == "default"
+    monkeypatch.setenv("NNHEADS_SEARCH_COSTS", "default")
+    assert not search_costs.spend(50.0, CPU)
+    assert json.loads(json.dumps(fits)) == ["cpu"]
+
+
+def test_a_fit_recovers_what_probes_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = [1e-5, 1e-6, 1e-10, 2e-11, 1e-9, 1e-8]
+    sizes = [(n, d, b, k) for n in (1000, 50_000) for d in (32, 512) for b in (1, 128) for k in (1, 32)]
+
+    def probes(device: torch.device):  # type: ignore[no-untyped-def]
+        for n, d, b, k in sizes:
+            yield (
+                n,
+                d,
+                b,
+                k,
+                "torch",
+                lambda n=n, d=d, b=b, k=k: CostModel({"torch": truth}, "").seconds("torch", n, d, b, k),
+            )
+
+    monkeypatch.setattr(search_costs, "_probes", probes)
+    monkeypatch.setattr(search_costs, "_best_of", lambda search, device: search())
+    model = CostModel(search_costs._fit(CPU), "measured")
+    for size in sizes:
+        assert model.seconds("torch", *size) == pytest.approx(CostModel({"torch": truth}, "").seconds("torch", *size))
