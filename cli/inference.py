@@ -32,7 +32,7 @@ def predict(
 ) -> None:
     """Predict the classes of images with a saved model, and name the training samples that decided."""
     with screen.interruptible(lambda: "nothing"):
-        model, preprocessing, names = _open(checkpoint, device)
+        model, preprocessing, names = open_model(checkpoint, device)
         answers: list[dict[str, Any]] = []
         for start in range(0, len(images), BATCH):
             answers += _predict(model, preprocessing, names, images[start : start + BATCH], top)
@@ -95,7 +95,7 @@ def evaluate(
     with screen.interruptible(lambda: "nothing"):
         if data_dir is None and dataset is None:
             raise ConfigError("eval needs --data-dir DIR with <class>/* or test/<class>/*, or --dataset NAME")
-        model, preprocessing, names = _open(checkpoint, device)
+        model, preprocessing, names = open_model(checkpoint, device)
         data = _test_images(preprocessing, names, data_dir, dataset)
         result = _measure(model, preprocessing, names, data, batch_size, device)
     if as_json:
@@ -159,7 +159,8 @@ def model_folder(checkpoint: Path) -> Path:
     return inside if inside.is_dir() else checkpoint
 
 
-def _open(checkpoint: Path, device: str) -> tuple[HeadedModel, Preprocessing, tuple[str, ...]]:
+def open_model(checkpoint: Path, device: str) -> tuple[HeadedModel, Preprocessing, tuple[str, ...]]:
+    """A saved model in evaluation mode, how images are prepared for it, and the names of its classes."""
     from nnheads.io import load
     from nnheads.training import resolve_device
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from nnheads.cli import benching, comparing, inference, learning, listing, running, studying
+from nnheads.cli import analyzing, benching, comparing, inference, learning, listing, running, studying
 from nnheads.cli.screen import error, note
 from nnheads.errors import NNHeadsError
 
@@ -32,6 +32,7 @@ app.command("run")(running.run)
 app.command("compare")(comparing.compare)
 app.command("predict")(inference.predict)
 app.command("eval")(inference.evaluate)
+app.command("analyze")(analyzing.analyze)
 app.command("add")(learning.add)
 app.command("forget")(learning.forget)
 app.command("bench")(benching.bench)

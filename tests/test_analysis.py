@@ -1,5 +1,6 @@
 """Agreement, probes, layer embeddings and measures, against numbers worked out by hand and against scikit-learn."""
 
+import json
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import nnheads
 from nnheads.analysis import (
     agreement,
+    analyze,
     calibration,
     confusion,
     default_layers,
@@ -20,6 +22,8 @@ from nnheads.analysis import (
     retrieval,
     roc,
 )
+from nnheads.benchmarks.datasets import load_dataset
+from nnheads.cli.main import main
 from nnheads.data import ImageSet
 from nnheads.errors import ConfigError, DataError, ShapeError, UnknownNameError
 from nnheads.preprocessing import Preprocessing
@@ -265,3 +269,59 @@ def test_retrieval_never_finds_the_sample_itself_among_copies() -> None:
     assert retrieval(z, labels, (1, 4)) == {1: 0.0, 4: 0.0}
     with pytest.raises(ConfigError, match="both"):
         retrieval(z, labels, gallery=z)
+
+
+def test_analyze_says_how_far_classifiers_answer_as_the_model() -> None:
+    data = load_dataset("digits")
+    model = nnheads.attach_head(nnheads.build_backbone("convnet", 10, in_channels=1, width=8), "dense")
+    few = data.train.subset(range(400))
+    nnheads.fit(model, few, epochs=6, batch_size=32, optimizer="adamw", lr=1e-2, device="cpu", progress=False)
+    told: list[str] = []
+    found = analyze(
+        model,
+        few,
+        data.test,
+        k=5,
+        device="cpu",
+        kinds=("knn", "lr"),
+        report=lambda what, done, total: told.append(what),
+    )
+    assert (found["train"], found["test"]) == (400, len(data.test))
+    assert found["accuracy"] == pytest.approx(
+        nnheads.evaluate(model, data.test, device="cpu", precision="float32").accuracy
+    )
+    assert [(row["layer"], row["kind"]) for row in found["rows"][-2:]] == [("linear", "knn"), ("linear", "lr")]
+    first, last = found["rows"][0], found["rows"][-2]
+    assert last["accuracy"] > first["accuracy"]
+    assert last["p_same"] > 0.8
+    expected = last["mc"] * found["accuracy"] + last["me"] * (1 - found["accuracy"])
+    assert last["p_same"] == pytest.approx(expected)
+    assert "fitting knn on conv1" in told
+
+
+def test_the_command_analyze(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = load_dataset("digits")
+    backbone = nnheads.build_backbone("convnet", 10, in_channels=1, width=4)
+    model = nnheads.attach_head(backbone, "knn", preprocessing=data.preprocessing, class_names=data.train.class_names)
+    nnheads.fit(model, data.train.subset(range(200)), epochs=1, device="cpu", progress=False)
+    nnheads.save(model, tmp_path / "model")
+    few = ["--train-images", "200", "--test-images", "50", "--kinds", "knn,lr", "--device", "cpu"]
+    figure = tmp_path / "layers.png"
+
+    def command(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as end:
+            main(["analyze", str(tmp_path / "model"), *few, *arguments])
+        return int(end.value.code or 0)
+
+    assert command("--dataset", "digits", "--figure", str(figure)) == 0
+    shown = capsys.readouterr().out
+    assert "P_SAME" in shown
+    assert "fitted on 200 images, judged on 50" in shown
+    assert figure.stat().st_size > 1000
+    assert command("--dataset", "digits", "--layers", "conv2,linear", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["layer"] for row in found["rows"]} == {"conv2", "linear"}
+    assert command("--dataset", "digits", "--layers", "conv9") == 2
+    assert "did you mean" in capsys.readouterr().err
+    assert command("--data-dir", str(tmp_path)) == 2
+    assert "needs both train/ and test/" in capsys.readouterr().err

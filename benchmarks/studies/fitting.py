@@ -11,11 +11,12 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
+from nnheads.benchmarks.studies.augmentations import BY_NAME
 from nnheads.benchmarks.studies.study import Settings
-from nnheads.data import BatchLoader, ImageSet, get_augmentation
+from nnheads.data import BatchLoader, ImageSet
 from nnheads.devices import Precision, autocast_for, prefers_channels_last, resolve_device
-from nnheads.errors import ConfigError
-from nnheads.preprocessing import Preprocessing
+from nnheads.errors import ConfigError, unknown_name
+from nnheads.preprocessing import Augmentation, Preprocessing
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Of a model and a batch: the loss that is minimized."""
@@ -37,7 +38,7 @@ class Recipe:
             ``patience`` epochs, at most ``drops`` times, then training ends; ``"milestones"``: divided by ``factor`` at
             these shares of the training; ``"onecycle"``: up for 30 %, then down; ``"constant"``.
         factor, patience, drops, milestones: see ``schedule``.
-        augment: see `nnheads.data.get_augmentation`.
+        augment: a name in `nnheads.benchmarks.studies.augmentations.BY_NAME`.
         precision: see `nnheads.devices.resolve_precision`.
     """
 
@@ -140,7 +141,7 @@ def train(
         preprocessing,
         min(size, len(images)),
         shuffle=True,
-        augment=None if recipe.augment == "none" else get_augmentation(recipe.augment),
+        augment=None if recipe.augment == "none" else _augmentation(recipe.augment),
         seed=seed,
         drop_last=len(images) > size,  # a small last batch is a poor one for NCA and for batch normalization
         device=where,
@@ -198,6 +199,12 @@ def moments(steps: int, count: int) -> list[int]:
     """Steps at which to look, closer together at the beginning: 0, and ``count`` more up to the last."""
     chosen = [round(steps * (i / count) ** 2) for i in range(count + 1)]
     return sorted({min(steps, max(i, at)) for i, at in enumerate(chosen)})
+
+
+def _augmentation(name: str) -> Augmentation:
+    if name not in BY_NAME:
+        raise unknown_name("augmentation", name, BY_NAME)
+    return BY_NAME[name]
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:

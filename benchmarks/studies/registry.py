@@ -11,6 +11,9 @@ from nnheads.errors import unknown_name
 STUDIES: Final[dict[str, str]] = {
     "conv-knn": "conv_knn",
     "dnn-or-knn": "dnn_or_knn",
+    "dnn-knn-svm-lr": "dnn_knn_svm_lr",
+    "nngk": "nngk",
+    "impostor": "impostor",
 }
 """The module that declares each study as ``STUDY``."""
 

@@ -1,6 +1,7 @@
 """What heads and networks agree on, layer by layer; and what their answers are worth."""
 
 from nnheads.analysis.agreement import Agreement, agreement, kl_divergence
+from nnheads.analysis.analyze import analyze
 from nnheads.analysis.layers import LayerEmbeddings, default_layers, layer_embeddings
 from nnheads.analysis.measures import Calibration, Roc, calibration, confusion, retrieval, roc
 from nnheads.analysis.probes import KINDS, Probe, knn_predictions, probe
@@ -13,6 +14,7 @@ __all__ = [
     "Probe",
     "Roc",
     "agreement",
+    "analyze",
     "calibration",
     "confusion",
     "default_layers",
