@@ -13,7 +13,7 @@ from nnheads.backbones import backbone_spec
 from nnheads.batches import as_labels, unpack
 from nnheads.classifier_layer import Replaced, describe_candidates, output_follows
 from nnheads.errors import AttachError, ConfigError, ShapeError
-from nnheads.heads import BiasedHead, Gated, Head, MemoryHead, Neighbors, head_class, list_heads
+from nnheads.heads import BiasedHead, Explanation, Gated, Head, MemoryHead, head_class, list_heads
 
 if TYPE_CHECKING:
     from nnheads.preprocessing import Preprocessing
@@ -201,12 +201,12 @@ class HeadedModel(nn.Module):
         return self.head.loss(self.features(x), y, ids=ids)
 
     @torch.no_grad()
-    def explain(self, x: Tensor, k: int | None = None) -> Neighbors:
-        """The stored samples that decide for each input, with their weights; in evaluation mode.
+    def explain(self, x: Tensor, k: int | None = None) -> Explanation:
+        """The stored samples that decide for each input, with what each contributes; in evaluation mode.
 
         Args:
             x: a batch as the backbone takes it.
-            k: number of neighbours; the head's own by default.
+            k: neighbours listed, see `MemoryHead.explain`; those that decide by default.
 
         Raises:
             ConfigError: the head has no memory, or ``k`` is below 1.
@@ -215,7 +215,7 @@ class HeadedModel(nn.Module):
         if k is not None and k < 1:
             raise ConfigError(f"explain: k must be 1 or more, not {k}")
         with evaluating(self):
-            return head.neighbors(self.features(x.to(self.device)), k=k)
+            return head.explain(self.features(x.to(self.device)), k=k)
 
     @torch.no_grad()
     def add(self, x: Tensor, y: Tensor | Sequence[str], ids: Tensor | None = None) -> Tensor:

@@ -112,6 +112,14 @@ def _trained(name: str, options: dict[str, Any]) -> tuple[Head, Tensor, Tensor, 
     return head.eval(), z, y, ids
 
 
+def _emptied(name: str, options: dict[str, Any]) -> tuple[Head, Tensor, Tensor, Tensor]:
+    """A head that has forgotten what it held."""
+    head, z, y, ids = _filled(name, options)
+    if isinstance(head, MemoryHead):
+        head.drop(head.memory.ids[: len(head.memory)].clone())
+    return head, z, y, ids
+
+
 def _train(head: Head, z: Tensor, y: Tensor, ids: Tensor, steps: int, *, output: bool = False) -> tuple[float, float]:
     """Loss before and after training a linear layer and the head, by `loss` or by a criterion on the output."""
     layer = nn.Linear(IN_FEATURES, IN_FEATURES)
@@ -292,6 +300,32 @@ def _neighbors(name: str, options: dict[str, Any]) -> None:
         places = torch.searchsorted(ids, found.ids[filled])
         _expect(bool(torch.equal(ids[places], found.ids[filled])), "an id was never stored")
         _expect(bool(torch.equal(y[places], found.labels[filled])), "a label is not the one stored under the id")
+
+
+@_check
+def _explanation(name: str, options: dict[str, Any]) -> None:
+    """What neighbours contribute adds up, with the rest, to the head's own probabilities, to 1e-5; however many are
+    listed."""
+    for build in (_filled, _trained, _emptied):
+        head, z, _, ids = build(name, options)
+        if not isinstance(head, MemoryHead):
+            return
+        head.eval()
+        for given in (None, ids):
+            expected = head(z, ids=given).exp()
+            own = head.explain(z, ids=given)
+            found = head.neighbors(z, ids=given)
+            _expect_same(own.weights, found.weights, "weights", 1e-6)
+            _expect(bool(torch.equal(own.ids, found.ids)), "explain() and neighbors() name other samples")
+            for k in (None, 1, 3, len(z) + 7):
+                why = head.explain(z, ids=given, k=k)
+                many = own.ids.shape[1] if k is None else k
+                _expect(why.shares.shape == (len(z), many, head.num_classes), f"shares are {tuple(why.shares.shape)}")
+                _expect(why.ids.shape == (len(z), many), f"ids are {tuple(why.ids.shape)} for k={k}")
+                _expect_same(why.probabilities, expected, f"contributions do not add up for k={k}", 1e-5)
+                _expect(bool((why.shares[why.ids < 0] == 0).all()), "an empty slot contributes")
+                listed = why.ids.sort(1).values
+                _expect(not bool(((listed.diff(dim=1) == 0) & (listed[:, 1:] >= 0)).any()), "a sample is listed twice")
 
 
 # ---- few samples -------------------------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 from .base import Head
 from .biased import BiasedHead, Gated
 from .dense import DenseHead
+from .evidence import Explanation, Neighbors
 from .impostor import ImpostorHead
 from .kernel import KernelHead
 from .knn import KNNHead
-from .memory_head import MemoryHead, Neighbors
+from .memory_head import MemoryHead
 from .nca import NCAHead
 from .nngk import NNGKHead
 from .registry import build_head, head_class, list_heads, register_head
@@ -14,6 +15,7 @@ from .registry import build_head, head_class, list_heads, register_head
 __all__ = [
     "BiasedHead",
     "DenseHead",
+    "Explanation",
     "Gated",
     "Head",
     "ImpostorHead",

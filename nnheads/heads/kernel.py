@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..functional import kernel_log_weights, kernel_neuron, nearest_sigma, squared_distances
 from .base import positive
-from .memory_head import MemoryHead, Neighbors
+from .evidence import Neighbors
+from .memory_head import MemoryHead
 from .registry import register_head
 from .row_steps import trained_rows
 from .width import Width
@@ -39,6 +40,7 @@ class KernelHead(MemoryHead):
 
     differentiable = True
     trains_with = "output"
+    evidence_scale = "logit"
 
     def __init__(
         self,
@@ -109,6 +111,15 @@ class KernelHead(MemoryHead):
     def neighbors(self, z: Tensor, *, ids: Tensor | None = None, k: int | None = None) -> Neighbors:
         """As in `MemoryHead`; the weights are shares of the kernel sum, before alpha and the bias."""
         return super().neighbors(z, ids=ids, k=self._count() if k is None else k)
+
+    def _shares(self, z: Tensor, found: Neighbors, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A center contributes its alpha times its kernel to the logits; the rest is the bias."""
+        if not len(self.memory):
+            return z.new_zeros(len(z), found.rows.shape[1], self.num_classes), z.new_zeros(len(z), self.num_classes)
+        near = self._embed(z.to(self.memory.keys.dtype))
+        kernels = self._kernels(squared_distances(near, self.memory.keys[found.rows.clamp_min(0)])) * (found.rows >= 0)
+        shares = kernels.unsqueeze(-1) * self.memory.column("alpha")[found.rows.clamp_min(0)]
+        return shares, self.bias.expand(len(z), -1)
 
     def _count(self) -> int:
         return max(1, len(self.memory)) if self.all_centers else self.k

@@ -11,6 +11,7 @@ from ..coding import Coding
 from ..errors import ConfigError
 from ..functional import class_log_probs, kernel_log_weights, squared_distances
 from .dense_objective import DenseObjective
+from .evidence import Neighbors
 from .memory_head import MemoryHead
 from .row_steps import trained_rows
 from .width import Width
@@ -114,6 +115,14 @@ class KernelVoteHead(MemoryHead):
         if self.training:
             self.width.follow(sq.detach(), rows >= 0)
         return kernel_log_weights(sq, self.width(), rows >= 0, self._log_w(rows))
+
+    def _shares(self, z: Tensor, found: Neighbors, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A neighbour contributes its weight; the rest is the floor of classes that (almost) no neighbour has."""
+        votes = found.weights.unsqueeze(-1) * self.memory.values_at(found.rows).to(z.dtype)
+        total = votes.sum(1)
+        floored = total.clamp_min(self.floor)
+        norm = floored.sum(-1, keepdim=True)
+        return votes / norm.unsqueeze(1), (floored - total) / norm
 
     def _log_probs(self, z: Tensor, ids: Tensor | None) -> Tensor:
         if not len(self.memory):

@@ -6,8 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,25 +19,7 @@ from ..functional import Metric, neighbor_distances
 from ..index import Index, build_index
 from ..memory import ColumnWidth, Memory
 from .base import Head, one_of, positive
-
-
-@dataclass(frozen=True)
-class Neighbors:
-    """The stored samples that decided, nearest first; slots beyond the samples held have id -1 and weight 0.
-
-    Attributes:
-        rows: (B, k) int64 rows of the memory, -1 in an empty slot; meaningful until the memory changes.
-        ids: (B, k) int64 ids of the samples.
-        labels: (B, k) int64 labels they were given.
-        distances: (B, k) in the head's metric; infinite in an empty slot.
-        weights: (B, k) share of each in the decision; a row sums to one.
-    """
-
-    rows: Tensor
-    ids: Tensor
-    labels: Tensor
-    distances: Tensor
-    weights: Tensor
+from .evidence import Explanation, Neighbors, Scale, listing
 
 
 class MemoryHead(Head):
@@ -57,6 +38,8 @@ class MemoryHead(Head):
     """
 
     uses_memory = True
+    #: What `_shares` are in: parts of probabilities, or of logits.
+    evidence_scale: ClassVar[Scale] = "probability"
 
     def __init__(
         self,
@@ -169,6 +152,36 @@ class MemoryHead(Head):
             distances.masked_fill(~valid, math.inf),
             self._log_weights(z, rows).exp() * valid,
         )
+
+    @torch.no_grad()
+    def explain(self, z: Tensor, *, ids: Tensor | None = None, k: int | None = None) -> Explanation:
+        """The neighbours that decide for each embedding and what each contributes to each class, in evaluation.
+
+        Args:
+            z: (B, d) embeddings.
+            ids: as in `forward`.
+            k: neighbours listed; those that decide by default. Contributions of those that are not listed are in the
+                rest, and those listed beyond the deciding ones contribute nothing.
+        """
+        z = self._check(z)
+        with torch.autocast(z.device.type, enabled=False):
+            found = self.neighbors(z, ids=ids)
+            shares, rest = self._shares(z, found, ids)
+        more = None if k is None or k <= found.rows.shape[1] else self.neighbors(z, ids=ids, k=k)
+        return listing(found, shares, rest, self.evidence_scale, k, more)
+
+    def _shares(self, z: Tensor, found: Neighbors, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Contributions (B, k, C) of neighbours to the scores of the classes, and the rest (B, C).
+
+        For checked embeddings ``z``, the neighbours that decide, and ids as in `forward`. Unless a head knows better, a
+        neighbour contributes its weight to its class, at most what the class has.
+        """
+        probabilities = self(z, ids=ids).exp()
+        votes = found.weights.unsqueeze(-1) * self.memory.values_at(found.rows).to(z.dtype)
+        total = votes.sum(1)
+        part = (probabilities / total.clamp_min(torch.finfo(z.dtype).tiny)).clamp_max(1)
+        shares = votes * part.unsqueeze(1)
+        return shares, probabilities - shares.sum(1)
 
     @abstractmethod
     def _log_weights(self, z: Tensor, rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..functional import Vote, nca_loss
 from .base import one_of, positive
-from .memory_head import Neighbors
+from .evidence import Neighbors
 from .registry import register_head
 from .voting import VotingHead
 

@@ -11,6 +11,7 @@ from ..coding import Coding
 from ..errors import ConfigError
 from ..functional import Metric, Vote, neighbor_distances, vote_log_probs, vote_log_weights
 from .base import one_of, positive
+from .evidence import Neighbors
 from .memory_head import MemoryHead
 from .width import Width
 
@@ -85,6 +86,14 @@ class VotingHead(MemoryHead):
             self.width.choose(self._stored_distances(), len(self.memory))
         distances = neighbor_distances(z, self.memory.keys_at(rows), self.metric)
         return vote_log_weights(distances, rows >= 0, self.vote, self.width())
+
+    def _shares(self, z: Tensor, found: Neighbors, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A vote contributes its weight; the rest are the smoothing votes, the same for each class."""
+        values = self.memory.values_at(found.rows).to(z.dtype)
+        count = (found.rows >= 0).sum(1, keepdim=True)
+        shares = (found.weights * count / (count + self.smoothing)).unsqueeze(-1) * values
+        rest = (self.smoothing / (count + self.smoothing) / self.num_classes).to(z.dtype)
+        return shares, rest.expand(len(z), self.num_classes)
 
     def _log_probs(self, z: Tensor, ids: Tensor | None) -> Tensor:
         if not len(self.memory):
