@@ -161,6 +161,7 @@ def model_folder(checkpoint: Path) -> Path:
 
 def open_model(checkpoint: Path, device: str) -> tuple[HeadedModel, Preprocessing, tuple[str, ...]]:
     """A saved model in evaluation mode, how images are prepared for it, and the names of its classes."""
+    from nnheads.explain import label_names
     from nnheads.io import load
     from nnheads.training import resolve_device
 
@@ -170,10 +171,7 @@ def open_model(checkpoint: Path, device: str) -> tuple[HeadedModel, Preprocessin
         raise CheckpointError(
             f"{checkpoint} does not say how images are prepared: save the model again, attached with preprocessing="
         )
-    names = model.class_names or ()
-    # A head may have been widened by labels that nobody named.
-    names += tuple(str(label) for label in range(len(names), model.head.num_classes))
-    return model, model.preprocessing, names
+    return model, model.preprocessing, label_names(model)
 
 
 def _test_images(

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from nnheads.cli import analyzing, benching, comparing, inference, learning, listing, running, studying
+from nnheads.cli import analyzing, benching, comparing, explaining, inference, learning, listing, running, studying
 from nnheads.cli.screen import error, note
 from nnheads.errors import NNHeadsError
 
@@ -33,6 +33,7 @@ app.command("compare")(comparing.compare)
 app.command("predict")(inference.predict)
 app.command("eval")(inference.evaluate)
 app.command("analyze")(analyzing.analyze)
+app.command("explain")(explaining.explain)
 app.command("add")(learning.add)
 app.command("forget")(learning.forget)
 app.command("bench")(benching.bench)

@@ -107,6 +107,7 @@ def replace_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp lets only its owner in
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

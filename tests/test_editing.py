@@ -66,13 +66,13 @@ def test_a_class_is_learned_and_forgotten_at_once(
     model = _with_head(eights, digits, name, tmp_path)
     head = model.head
     assert isinstance(head, MemoryHead)
-    nines = (digits.train.labels == 9).nonzero().squeeze(1)[:40]
+    nines = (digits.train.labels == 9).nonzero().squeeze(1)[:80]
     new = digits.test.images[digits.test.labels == 9]
     old = digits.test.images[digits.test.labels < 9]
     with torch.no_grad():
         before = model(model.preprocessing(old))
         deciding = model.explain(model.preprocessing(old))
-        ids = model.add(digits.train.images[nines], ["nine"] * 40)
+        ids = model.add(digits.train.images[nines], ["nine"] * 80)
         assert model.class_names == (*"012345678", "nine")
         found = model(model.preprocessing(new)).argmax(1)
         assert float((found == 9).float().mean()) > 0.5

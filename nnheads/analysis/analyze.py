@@ -67,9 +67,7 @@ def analyze(
         layer_embeddings(model, train, names, **options) as known,
         layer_embeddings(model, test, names, **options) as asked,
     ):
-        log_probs: Tensor = asked[OUTPUT].log_softmax(
-            1
-        )  # those of a head stay as they are
+        log_probs: Tensor = asked[OUTPUT].log_softmax(1)  # those of a head stay as they are
         predicted = log_probs.argmax(1)
         rows = []
         for number, (layer, kind) in enumerate([(layer, kind) for layer in names for kind in kinds]):

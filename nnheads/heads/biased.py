@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ShapeError
 from .base import positive
 from .dense_objective import DenseObjective
+from .evidence import Neighbors
 from .gate import Gate, Verdicts, held_out
 from .projectors import build_projector
 from .registry import register_head
@@ -76,6 +77,7 @@ class BiasedHead(RegressionHead):
 
     differentiable = True
     trains_with = "objective"
+    evidence_scale = "logit"
 
     def __init__(
         self,
@@ -306,6 +308,20 @@ class BiasedHead(RegressionHead):
         if not self.training:
             mixed = torch.where((g >= self.gate.threshold).unsqueeze(-1), z1, mixed)
         return self._answer(mixed, votes)
+
+    def _shares(self, z: Tensor, found: Neighbors, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A neighbour contributes what the classifier makes of its z_i, times its weight and the gate, to the logits (g
+        counts as one where f2 is skipped); the rest is from f2, the biases and the normalization."""
+        log_probs = self(z, ids=ids)
+        if not len(self.memory):
+            return z.new_zeros(*found.rows.shape, self.num_classes), log_probs
+        phi = self._embed(z.to(self.memory.keys.dtype))
+        gate = self._regression(phi, self._check_ids(ids, len(z)))[1]
+        gate = gate.masked_fill(gate >= self.gate.threshold, 1)
+        weights = found.weights * gate.unsqueeze(-1)
+        values = self.memory.column("z")[found.rows.clamp_min(0)] @ self.classifier.layer.weight.T
+        shares = (weights.unsqueeze(-1) * values).to(z.dtype)
+        return shares, log_probs - shares.sum(1)
 
     def _regression(self, phi: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """z1 (B, d), gate (B,) and class shares (B, C) of the neighbours of projections (B, projected)."""
