@@ -313,9 +313,10 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     print(table(result))
     if out is not None:
-        from nnheads.benchmarks.results import write_json
+        from nnheads.benchmarks.results import device_name, versions, write_json
 
-        write_json(out, result)
+        about = {"dataset": dataset, "versions": versions(), "device": device_name(torch.device("cpu"))}
+        write_json(out, result | about)
     else:
         print(json.dumps(result["settings"] | {"sigma": result["sigma"]}))
 
