@@ -361,3 +361,68 @@ def test_the_command_lists_runs_and_reports(tmp_path: Path, capsys: Any, monkeyp
         main(["study", "conv-knn", "--scale", "huge"])
     assert end.value.code == 2
     assert "unknown scale 'huge'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["geometric", "geometric-flip", "photometric"])
+def test_augmentations_change_each_image_and_depend_on_the_generator_alone(name: str) -> None:
+    from nnheads.benchmarks.studies.augmentations import BY_NAME
+
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randint(0, 256, (1, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    images = one.repeat(6, 1, 1, 1)
+    made = BY_NAME[name](images, torch.Generator().manual_seed(1))
+    assert made.dtype == torch.uint8
+    assert made.shape == images.shape
+    assert len({bytes(image.numpy()) for image in made}) == 6
+    assert torch.equal(made, BY_NAME[name](images, torch.Generator().manual_seed(1)))
+
+
+def test_mixup_mixes_labels_as_it_mixes_images() -> None:
+    from nnheads.benchmarks.studies.augmentations import mixed_up
+
+    torch.manual_seed(0)
+    y = torch.tensor([0, 1, 2, 0])
+    x = torch.nn.functional.one_hot(y, 3).float()
+    mixed, soft = mixed_up(x, y, 3, alpha=1.0)
+    assert torch.allclose(mixed, soft)
+    assert torch.allclose(soft.sum(1), torch.ones(4))
+    assert ((soft > 0).sum(1) == 2).any()
+
+
+def test_an_attack_moves_every_pixel_by_its_strength() -> None:
+    import nnheads
+    from nnheads.benchmarks.studies.biased import fast_gradient_sign
+
+    images = _images(20)
+    preprocessing = statistics(images)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    model = nnheads.attach_head(net, "dense", preprocessing=preprocessing)
+    job = Job({}, 0, None, "cpu", lambda what, done, total: None)
+    moved = fast_gradient_sign(model, images, 4, job).images.int() - images.images.int()
+    assert int(moved.abs().max()) == 4
+
+    def loss(part: ImageSet) -> float:
+        with torch.no_grad():
+            return float(torch.nn.functional.nll_loss(model(preprocessing(part.images)), part.labels))
+
+    assert loss(fast_gradient_sign(model, images, 4, job)) > loss(images)
+
+
+def test_pictures_are_drawn_from_the_file_alone(tmp_path: Path) -> None:
+    from nnheads.benchmarks.studies.figures import draw
+    from nnheads.benchmarks.studies.pictures import as_png
+    from nnheads.benchmarks.studies.study import Picture
+
+    strip = as_png([torch.zeros(1, 8, 8, dtype=torch.uint8)] * 3)
+    series = {
+        "confusion": {"class": ["a", "b"], "a": [9, 1], "b": [0, 5]},
+        "nearest": {"class": ["a"], "png": [strip], "labels": [["a", "b"]]},
+    }
+    result = {"cell": "a", "seed": 0, "scale": "smoke", "series": series, "measures": {}}
+    for kind in ("confusion", "nearest"):
+        table = Table(kind, "a picture", picture=Picture(kind, ("a",)))  # type: ignore[arg-type]
+        assert table.cells == ("a",)
+        made = draw(_toy(), table, [result], tmp_path / f"{kind}.png")
+        assert made is not None
+        assert made.stat().st_size > 1000
+        assert draw(_toy(), table, [], tmp_path / "none.png") is None

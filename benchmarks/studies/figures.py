@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnheads.benchmarks.measures import mean_and_spread
 from nnheads.benchmarks.plots import new_figure, save_figure, wrapped_title
+from nnheads.benchmarks.studies.pictures import picture
 from nnheads.benchmarks.studies.study import Curves, Entry, Study, Table
 
 if TYPE_CHECKING:
@@ -26,7 +27,12 @@ def draw(study: Study, table: Table, results: Sequence[dict[str, Any]], path: Pa
     own = [result for result in results if result["cell"] in table.cells]
     if not own:
         return None
-    made = _curves(table.curves, own) if table.curves is not None else _points(table, own)
+    if table.curves is not None:
+        made = _curves(table.curves, own)
+    elif table.picture is not None:
+        made = picture(table.picture, own)
+    else:
+        made = _points(table, own)
     if made is None:
         return None
     seeds = ", ".join(str(seed) for seed in sorted({result["seed"] for result in own}))

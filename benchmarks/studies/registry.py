@@ -14,6 +14,8 @@ STUDIES: Final[dict[str, str]] = {
     "dnn-knn-svm-lr": "dnn_knn_svm_lr",
     "nngk": "nngk",
     "impostor": "impostor",
+    "biased": "biased",
+    "training-practice": "training_practice",
 }
 """The module that declares each study as ``STUDY``."""
 

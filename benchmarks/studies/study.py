@@ -83,6 +83,21 @@ class Curves:
 
 @final
 @dataclass(frozen=True)
+class Picture:
+    """A figure that is neither lines nor points, a panel for each cell.
+
+    Attributes:
+        kind: ``"confusion"``, from the series ``confusion`` with a column a class; ``"nearest"``, from the series
+            ``nearest`` with PNG images.
+        cells: the panels.
+    """
+
+    kind: Literal["confusion", "nearest"]
+    cells: tuple[str, ...]
+
+
+@final
+@dataclass(frozen=True)
 class Table:
     """A table or figure of a paper.
 
@@ -92,6 +107,7 @@ class Table:
         entries: its numbers; may be none where there is a figure alone.
         curves: its figure; None for measured against published numbers.
         note: what a reader must know about it.
+        picture: its figure, where it is neither.
     """
 
     id: str
@@ -99,11 +115,13 @@ class Table:
     entries: tuple[Entry, ...] = ()
     curves: Curves | None = None
     note: str = ""
+    picture: Picture | None = None
 
     @property
     def cells(self) -> tuple[str, ...]:
         """The names of the cells it shows, each once."""
         shown = [entry.cell for entry in self.entries] + list(self.curves.cells if self.curves else ())
+        shown += self.picture.cells if self.picture else ()
         return tuple(dict.fromkeys(shown))
 
 

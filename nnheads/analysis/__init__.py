@@ -3,7 +3,7 @@
 from nnheads.analysis.agreement import Agreement, agreement, kl_divergence
 from nnheads.analysis.analyze import analyze
 from nnheads.analysis.layers import LayerEmbeddings, default_layers, layer_embeddings
-from nnheads.analysis.measures import Calibration, Roc, calibration, confusion, retrieval, roc
+from nnheads.analysis.measures import Calibration, Roc, calibration, confusion, embedding_neighbors, retrieval, roc
 from nnheads.analysis.probes import KINDS, Probe, knn_predictions, probe
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "calibration",
     "confusion",
     "default_layers",
+    "embedding_neighbors",
     "kl_divergence",
     "knn_predictions",
     "layer_embeddings",

@@ -145,6 +145,25 @@ def calibration(log_probs: Tensor, labels: Tensor, bins: int = 15) -> Calibratio
     return Calibration(float(ece), means[0], means[1], count)
 
 
+def embedding_neighbors(embeddings: Tensor, queries: Tensor, k: int, *, metric: Metric = "l1") -> Tensor:
+    """The nearest samples of each query, as in a picture of the nearest training images.
+
+    Args:
+        embeddings: (N, d) where to look.
+        queries: (Q, d).
+        k: how many, at most N.
+        metric: ``"l1"``, ``"l2"`` or ``"cosine"``.
+
+    Returns:
+        (Q, k) int64 rows of ``embeddings``, nearest first.
+    """
+    if not 1 <= k <= len(embeddings):
+        raise ConfigError(f"embedding_neighbors: k must be 1 to {len(embeddings)}, the number of embeddings, got {k}")
+    index = build_index(metric=metric)
+    index.build(embeddings.detach().float().contiguous())
+    return torch.cat([index.search(part, k) for part in queries.detach().float().split(1024)])
+
+
 def retrieval(
     embeddings: Tensor,
     labels: Tensor,
