@@ -48,6 +48,27 @@ def l1_nearest(queries: Tensor, keys: Tensor, offset: Tensor, k: int) -> Tensor:
     return torch.cat([torch.topk(some, k, dim=1, largest=False).indices for some in distances])
 
 
+def products_at(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
+    """(B, c) inner products of each query with its own candidate rows (B, c), distinct in a row; row -1 gives 0."""
+    batch, count = rows.shape
+    if rows.is_cuda:
+        parts = zip(rows.clamp_min(0).split(256), queries.split(256), strict=True)
+        return torch.cat([torch.bmm(keys[some], query.unsqueeze(2)).squeeze(2) for some, query in parts])
+    # Reads each key once where it lies, in a third of the time of collecting them first.
+    there = rows >= 0
+    whole = bool(there.all())
+    if whole:
+        ends, columns = torch.arange(0, batch * count + 1, count), rows.flatten()
+    else:
+        ends, columns = torch.nn.functional.pad(there.sum(1).cumsum(0), (1, 0)), rows[there]
+    zeros, shape = queries.new_zeros(len(columns)), (batch, len(keys))
+    pattern = torch.sparse_csr_tensor(ends, columns, zeros, shape, check_invariants=False)
+    products: Tensor = torch.sparse.sampled_addmm(pattern, queries, keys.T).values()
+    if whole:
+        return products.view(batch, count)
+    return torch.zeros_like(rows, dtype=keys.dtype).masked_scatter_(there, products)
+
+
 def group_size(rows: int, k: int) -> int:
     """Rows whose best stands for all of them in the first stage; 0 where one stage is as good."""
     size = 1
@@ -96,8 +117,6 @@ class HalfKeys:
         self._half_offset = keys.new_zeros(rows)
         for at in torch.arange(rows, device=keys.device).split(max(1, 2**22 // width)):
             self.update(at)
-        step = max(1, rows // _SAMPLE)
-        self._sample = torch.arange(0, rows, step, device=keys.device)[:_SAMPLE]
         self._widening = 1  # of the margin of candidates: where rows lie densely, proofs need more
         self.refused = 0.0
 
@@ -106,6 +125,17 @@ class HalfKeys:
         """Bytes held beside the keys."""
         held = (self._half, self._half_offset, self._mean)
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def grow(self, keys: Tensor, offset: Tensor) -> None:
+        """Take longer keys that begin with those there are; the others are hidden until `update` names them."""
+        before, rows = len(self._keys), len(keys)
+        self._keys, self._offset = keys, offset
+        half = self._half.new_zeros(-(-rows // 256) * 256, self._half.shape[1])
+        half[:, keys.shape[1]] = 2 * _HIDDEN
+        half[before:rows, keys.shape[1]] = _HIDDEN
+        half[:before] = self._half[:before]
+        self._half = half
+        self._half_offset = torch.nn.functional.pad(self._half_offset, (0, rows - before), value=torch.inf)
 
     def update(self, rows: Tensor) -> None:
         """Take over the keys and offsets of rows (n,) that changed."""
@@ -123,29 +153,32 @@ class HalfKeys:
         )
         self._half[rows] = torch.cat([rounded, extra.bfloat16()], 1)
 
-    def nearest(self, queries: Tensor, k: int) -> Tensor:
-        """(B, k) rows, nearest first; ``k`` is at most the number of rows that may be found."""
+    def nearest(self, queries: Tensor, k: int, extent: int | None = None) -> Tensor:
+        """(B, k) rows, nearest first; ``k`` is at most the number of rows that may be found, none behind ``extent``."""
+        extent = len(self._keys) if extent is None else extent
+        half = self._half[: -(-extent // 256) * 256]
         # Wide keys are worth reading for many queries at once, narrow ones cost less than what is written.
         numbers = _PART_NUMBERS * (2 if self._half.shape[1] > 256 else 1)
-        part = min(len(queries), 512, max(64, numbers // len(self._half)))
-        held = self._half.new_empty(part * len(self._half))
-        found, proved = zip(*(self._part(some, k, held) for some in queries.split(part)), strict=True)
+        part = min(len(queries), 512, max(64, numbers // len(half)))
+        held = half.new_empty(part * len(half))
+        found, proved = zip(*(self._part(some, k, extent, half, held) for some in queries.split(part)), strict=True)
         rows, sure = (found[0], proved[0]) if len(found) == 1 else (torch.cat(found), torch.cat(proved))
         unsure = (~sure).nonzero().flatten()
         self.refused += (len(unsure) / len(queries) - self.refused) * min(1.0, len(queries) / 1000)
         if self.refused > _MANY and self._widening < _WIDEST:
             self._widening, self.refused = 2 * self._widening, 0.0
         if len(unsure):
-            rows[unsure] = products_nearest(queries[unsure], self._keys, self._offset, k, two_stages=True)
+            keys, offset = self._keys[:extent], self._offset[:extent]
+            rows[unsure] = products_nearest(queries[unsure], keys, offset, k, two_stages=True)
         return rows
 
-    def _part(self, queries: Tensor, k: int, held: Tensor) -> tuple[Tensor, Tensor]:
+    def _part(self, queries: Tensor, k: int, extent: int, half: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (b, k) and whether each query's are proved (b,); the upper bounds are written to ``held``."""
         batch = len(queries)
         centered = queries - self._mean
-        bounds, shift = self._bounds(centered, held)
-        want = min(k + self._widening * max(16, k // 2), len(self._keys))
-        size = group_size(len(self._half), want) or 1
+        bounds, shift = self._bounds(centered, half, held)
+        want = min(k + self._widening * max(16, k // 2), extent)
+        size = group_size(len(half), want) or 1
         grouped = bounds.view(-1, size, batch)
         best = grouped.amax(1).T.contiguous().topk(min(want, len(grouped)), dim=1, sorted=False).indices
         candidates = (best.unsqueeze(2) * size + torch.arange(size, device=best.device)).flatten(1)
@@ -158,7 +191,7 @@ class HalfKeys:
         bound = last + last.abs() * 2.0**-8  # bounds were rounded to bfloat16 once more
         return rows.gather(1, best_exact.indices), best_exact.values[:, -1] >= bound
 
-    def _bounds(self, centered: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    def _bounds(self, centered: Tensor, half: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
         """(N', b) bfloat16 upper bounds of ``q'.c' - offset + shift``, and the shift (b, 1).
 
         A bfloat16 number is precise near zero alone, so the scores are shifted until the best are near zero.
@@ -168,28 +201,17 @@ class HalfKeys:
         one, zero = torch.ones_like(norm), torch.zeros_like(norm)
         sides = [_up(norm), _up(error)]
         guess = torch.cat([rounded, torch.stack([one] * 3 + [zero] * 5, 1).bfloat16()], 1)
-        shift = -(self._half[self._sample] @ guess.T).amax(0).float()
+        step = max(1, len(half) // _SAMPLE)
+        shift = -(half[::step] @ guess.T).amax(0).float()
         shift = torch.where(shift < -_HIDDEN / 2, shift, zero)
         full = torch.stack([one] * 3 + [*_pieces(shift), *sides], 1)
         sides_too = torch.cat([rounded, full.bfloat16()], 1)
-        out = held[: len(self._half) * len(centered)].view(-1, len(centered))
-        return torch.mm(self._half, sides_too.T, out=out), shift.unsqueeze(1)
+        out = held[: len(half) * len(centered)].view(-1, len(centered))
+        return torch.mm(half, sides_too.T, out=out), shift.unsqueeze(1)
 
     def _scores(self, centered: Tensor, rows: Tensor) -> Tensor:
         """(b, c) float32 scores of candidate rows (b, c)."""
-        batch, count = rows.shape
-        if rows.is_cuda:
-            products = torch.cat(
-                [
-                    torch.bmm(self._keys[some], query.unsqueeze(2)).squeeze(2)
-                    for some, query in zip(rows.split(256), centered.split(256), strict=True)
-                ]
-            )
-        else:  # reads each key once where it lies, a third of the time of collecting them first
-            ends = torch.arange(0, batch * count + 1, count)
-            zeros, shape = centered.new_zeros(batch * count), (batch, len(self._keys))
-            pattern = torch.sparse_csr_tensor(ends, rows.flatten(), zeros, shape, check_invariants=False)
-            products = torch.sparse.sampled_addmm(pattern, centered, self._keys.T).values().view(batch, count)
+        products = products_at(centered, self._keys, rows)
         away = self._half_offset[rows]
         scores = products - centered @ self._mean.unsqueeze(1) - away
         return scores.masked_fill_(away == torch.inf, -torch.inf)

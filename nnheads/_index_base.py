@@ -46,6 +46,7 @@ class Index(ABC):
         self._keys: Tensor = torch.empty(0, 0)  # what is searched: the caller's keys, or unit vectors for cosine
         self._offset: Tensor = torch.empty(0)  # (N,) added to the products; infinity hides a row
         self._findable = 0
+        self._extent = 0
         self._packed: tuple[Tensor, Tensor, Tensor] | None = None  # active rows, their keys and offsets, for FAISS
 
     @property
@@ -97,6 +98,33 @@ class Index(ABC):
             self._keys[rows] = unit_rows(source[rows])
         self._changed(rows)
 
+    def grow(self, keys: Tensor, active: Tensor | None = None) -> None:
+        """Take longer tensors that begin with the rows there are; the others are hidden until ``update`` names them.
+
+        Args:
+            keys: (N', d) of the same dtype, on the same device.
+            active: as in ``build``.
+
+        Raises:
+            EmptyMemoryError: the index is not built.
+            ShapeError: keys that are no continuation of those there are.
+        """
+        source = self._built_source()
+        more = len(keys) - len(source)
+        if more < 0 or keys.shape[1:] != source.shape[1:] or keys.dtype != source.dtype or keys.device != source.device:
+            raise ShapeError(f"keys must continue {tuple(source.shape)} {source.dtype}, got {tuple(keys.shape)}")
+        self._source, self._active = keys.detach(), active
+        self._offset = torch.nn.functional.pad(self._offset, (0, more), value=torch.inf)
+        if self.metric == "cosine":
+            self._keys = torch.nn.functional.pad(self._keys, (0, 0, 0, more))
+        else:
+            self._keys = self._source
+        self._packed = None
+        self._grown()
+
+    def _grown(self) -> None:  # noqa: B027 - most engines keep nothing that would have to follow
+        """After the tensors were exchanged for longer ones."""
+
     def search(self, queries: Tensor, k: int) -> Tensor:
         """The ``k`` nearest active rows of each query, nearest first.
 
@@ -141,14 +169,16 @@ class Index(ABC):
         """(B, k) rows for checked queries on the keys' device; ``k`` is at most the number of findable rows."""
 
     def _by_torch(self, queries: Tensor, k: int, *, two_stages: bool = False) -> Tensor:
+        keys, offset = self._keys[: self._extent], self._offset[: self._extent]
         if self.metric == "l1":
-            return l1_nearest(queries, self._keys, self._offset, k)
-        return products_nearest(queries, self._keys, self._offset, k, two_stages=two_stages)
+            return l1_nearest(queries, keys, offset, k)
+        return products_nearest(queries, keys, offset, k, two_stages=two_stages)
 
     def _by_faiss(self, queries: Tensor, k: int) -> Tensor:
         # FAISS's own way to leave rows out, a selector, gives up its matrix products; on a GPU it has none.
-        if self._findable == len(self._keys):
-            return faiss_nearest(queries, self._keys, self._offset, k, self.metric)
+        if self._findable == self._extent:
+            keys, offset = self._keys[: self._extent], self._offset[: self._extent]
+            return faiss_nearest(queries, keys, offset, k, self.metric)
         if self._packed is None:
             rows = torch.isfinite(self._offset).nonzero().flatten()
             self._packed = rows, self._keys[rows], self._offset[rows]
@@ -157,7 +187,11 @@ class Index(ABC):
 
     def _changed(self, rows: Tensor | None) -> None:
         """After rows (n,), or all of them, were changed."""
-        self._findable = int(torch.isfinite(self._offset).sum())
+        seen = torch.isfinite(self._offset)
+        self._findable = int(seen.sum())
+        # Rows behind the last one that may be found, such as a memory's spare ones, are not looked at.
+        packed = bool(seen[: self._findable].all())
+        self._extent = self._findable if packed else int(seen.nonzero()[-1]) + 1
         self._packed = None
 
     def _offsets(self, source: Tensor, active: Tensor | None, rows: Tensor | None) -> Tensor:

@@ -145,9 +145,13 @@ def vote_log_probs(log_weights: Tensor, values: Tensor, count: Tensor, smoothing
     Returns:
         (B, C) log-probabilities; uniform where ``count`` is zero.
     """
-    share = torch.einsum("bk,bkc->bc", log_weights.exp(), values)
+    return smoothed_share(torch.einsum("bk,bkc->bc", log_weights.exp(), values), count, smoothing)
+
+
+def smoothed_share(share: Tensor, count: Tensor, smoothing: float = 1.0) -> Tensor:
+    """`vote_log_probs` of what each class has of the votes, (B, C)."""
     n = count.to(share.dtype).unsqueeze(-1)
-    return ((n * share + smoothing / values.shape[-1]) / (n + smoothing)).log()
+    return ((n * share + smoothing / share.shape[-1]) / (n + smoothing)).log()
 
 
 def kernel_neuron(kernels: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:

@@ -10,12 +10,15 @@ from torch import Tensor
 from nnheads._exact import HalfKeys
 from nnheads._faiss import faiss_available, load_faiss
 from nnheads._index_base import METRICS, Index, Metric, unit_rows
+from nnheads.approximate import ApproximateIndex
 from nnheads.errors import ShapeError, unknown_name
 from nnheads.search_costs import Plan, cost_model, engines_for, spend
 
 __all__ = [
+    "APPROXIMATE",
     "ENGINES",
     "METRICS",
+    "ApproximateIndex",
     "AutoIndex",
     "Engine",
     "FaissIndex",
@@ -27,8 +30,9 @@ __all__ = [
     "unit_rows",
 ]
 
-Engine = Literal["auto", "torch", "faiss"]
+Engine = Literal["auto", "torch", "faiss", "ivf", "hnsw", "pq"]
 ENGINES: tuple[Engine, ...] = ("auto", "torch", "faiss")
+APPROXIMATE: tuple[Engine, ...] = ("ivf", "hnsw", "pq")
 
 _COPY_SECONDS = 1.5e-9  # of making the bfloat16 copy, a number of the keys
 _REFUSED = 0.05  # share of queries without a proof from which the plan is made anew
@@ -96,8 +100,8 @@ class AutoIndex(Index):
             EmptyMemoryError: the index is not built.
         """
         keys = self._built_source()
-        rows, width = keys.shape
-        device, hidden = keys.device, self._findable < len(keys)
+        rows, width = self._extent, keys.shape[1]
+        device, hidden = keys.device, self._findable < rows
         if self.metric == "l1":
             return Plan("faiss" if self._takes_faiss() else "torch", {}, "L1 distances have no matrix product")
         if keys.dtype != torch.float32 or device.type not in ("cpu", "cuda") or not self._findable:
@@ -124,14 +128,14 @@ class AutoIndex(Index):
         engine = plan.engine
         if engine == "bfloat16" and self._half is None:
             self._missed += plan.advantage
-            if self._missed >= _COPY_SECONDS * self._keys.numel():
+            if self._missed >= _COPY_SECONDS * self._extent * self._keys.shape[1]:
                 self._half = HalfKeys(self._keys, self._offset, self.metric == "cosine")
             else:
                 engine = plan.without("bfloat16")
         if plan.seconds and spend(plan.seconds[engine], queries.device):
             self._plans.clear()
         if engine == "bfloat16" and self._half is not None:
-            rows = self._half.nearest(queries, k)
+            rows = self._half.nearest(queries, k, self._extent)
             if self._half.refused > _REFUSED:
                 self._plans.clear()
             return rows
@@ -140,9 +144,9 @@ class AutoIndex(Index):
         return self._by_torch(queries, k, two_stages=engine == "torch-groups")
 
     def _changed(self, rows: Tensor | None) -> None:
-        before = self._findable == len(self._offset)
+        before = self._findable
         super()._changed(rows)
-        if rows is None or before != (self._findable == len(self._offset)):
+        if rows is None or before != self._findable:
             self._plans.clear()
         if self._half is None:
             return
@@ -151,23 +155,35 @@ class AutoIndex(Index):
         else:
             self._half.update(rows)
 
+    def _grown(self) -> None:
+        self._plans.clear()
+        if self._half is not None:
+            self._half.grow(self._keys, self._offset)
+
     def _takes_faiss(self) -> bool:
         keys = self._keys
         return keys.device.type == "cpu" and keys.dtype == torch.float32 and keys.is_contiguous() and faiss_available()
 
 
-def build_index(engine: Engine = "auto", metric: Metric = "l2") -> Index:
+def build_index(engine: Engine = "auto", metric: Metric = "l2", *, exact: bool = True, recall: float = 0.95) -> Index:
     """An unbuilt index.
 
     Args:
-        engine: ``"torch"``, ``"faiss"``, or ``"auto"`` (default), which decides for each search.
+        engine: exact: ``"torch"``, ``"faiss"``, or ``"auto"`` (default), which decides for each search; approximate, on
+            CPUs: ``"ivf"``, ``"hnsw"`` or ``"pq"``, see `nnheads.approximate.ApproximateIndex`.
         metric: ``"l2"`` (default), ``"l1"`` or ``"cosine"``.
+        exact: whether ``"auto"`` must find the nearest rows; where it need not, it is ``"pq"``.
+        recall: share of the nearest rows that an approximate engine is to find.
 
     Raises:
         UnknownNameError: an engine or a metric that is none of these.
-        ConfigError: ``engine="faiss"`` where FAISS cannot be imported.
+        ConfigError: ``engine="faiss"`` where FAISS cannot be imported, or a recall outside (0, 1).
     """
+    if engine == "auto" and not exact:
+        engine = "pq"
+    if engine == "ivf" or engine == "hnsw" or engine == "pq":
+        return ApproximateIndex(metric, engine, recall=recall)
     engines: dict[str, type[Index]] = {"auto": AutoIndex, "torch": TorchIndex, "faiss": FaissIndex}
     if engine not in engines:
-        raise unknown_name("search engine", engine, engines)
+        raise unknown_name("search engine", engine, [*engines, *APPROXIMATE])
     return engines[engine](metric)

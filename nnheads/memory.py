@@ -82,6 +82,8 @@ class Memory(nn.Module):
         self._next_id = 0
         self._sorted: tuple[Tensor, Tensor] | None = None  # ids in order and their rows
         self._changed: list[Tensor] | None = None  # rows changed since taken; None: all of them
+        #: Identity of the keys of which `keys` is a longer copy, since `take_changes`; None where it is no such copy.
+        self.grown_from: int | None = None
         #: Goes up whenever rows move, enter or leave; a row number is meaningful while it stays the same.
         self.layout = 0
 
@@ -144,9 +146,16 @@ class Memory(nn.Module):
             values = torch.where((at >= 0).unsqueeze(-1), self.soft[at.clamp_min(0)], values)
         return values * (rows >= 0).unsqueeze(-1)
 
+    def share_of(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """What each class has of the weights (B, k) of rows (B, k), as (B, C); row -1 gives nothing to any."""
+        if len(self.soft):
+            return torch.einsum("bk,bkc->bc", weights, self.values_at(rows).to(weights.dtype))
+        share = weights.new_zeros(len(rows), self.num_classes)
+        return share.scatter_add_(1, self.labels[rows.clamp_min(0)], weights * (rows >= 0))
+
     def take_changes(self) -> Tensor | None:
         """Rows whose key changed, or that entered or left, since the last call; None stands for all of them."""
-        changed, self._changed = self._changed, []
+        changed, self._changed, self.grown_from = self._changed, [], None
         if changed is None:
             return None
         return torch.cat(changed).unique() if changed else self.labels.new_zeros(0)
@@ -428,13 +437,14 @@ class Memory(nn.Module):
         if needed <= self.capacity:
             return
         capacity = max(needed, 2 * self.capacity)
+        if self.grown_from is None:
+            self.grown_from = id(self.keys)
         for name in self._row_buffers():
             old = self.get_buffer(name)
             new = old.new_full((capacity, *old.shape[1:]), -1 if name == "soft_row" else 0)
             new[: self._count] = old[: self._count]
             setattr(self, name, new)
         self.active = torch.arange(capacity, device=self.keys.device) < self._count
-        self._changed = None
 
     def _forget_soft(self, rows: Tensor) -> None:
         if not len(self.soft):

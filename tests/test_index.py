@@ -17,9 +17,20 @@ from torch import Tensor
 
 import nnheads.index as index_module
 from nnheads import _exact
+from nnheads._exact import HalfKeys
 from nnheads._faiss import faiss_available
 from nnheads.errors import ConfigError, EmptyMemoryError, ShapeError, UnknownNameError
-from nnheads.index import ENGINES, METRICS, AutoIndex, Index, Metric, Plan, build_index
+from nnheads.index import (
+    APPROXIMATE,
+    ENGINES,
+    METRICS,
+    AutoIndex,
+    Index,
+    Metric,
+    Plan,
+    build_index,
+    unit_rows,
+)
 
 engines = pytest.mark.parametrize("engine", ENGINES)
 metrics = pytest.mark.parametrize("metric", METRICS)
@@ -156,6 +167,30 @@ def test_non_contiguous_tensors_and_autocast(engine: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         check(index, queries, keys, None, 6)
     check(index, queries.bfloat16(), keys, None, 6)
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, *APPROXIMATE])
+@metrics
+def test_an_index_grows_with_its_keys(engine: str, metric: Metric) -> None:
+    generator = torch.Generator().manual_seed(5)
+    keys, queries = torch.randn(6000, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    index = build_index(engine, metric)  # type: ignore[arg-type]
+    index.build(keys[:5500].clone(), torch.arange(5500) < 5400)
+    if isinstance(index, AutoIndex):
+        index.prepare(40, 3)
+        index._half = HalfKeys(index._keys, index._offset, metric == "cosine") if metric != "l1" else None
+    index.search(queries, 3)
+    active = torch.arange(6000) < 5900
+    index.grow(keys, active)
+    index.update(torch.arange(5400, 5900))
+    if engine in ENGINES:
+        check(index, queries, keys, active, 3)
+        if isinstance(index, AutoIndex) and index._half is not None:
+            torch.testing.assert_close(index._half.nearest(unit_rows(queries), 3), index.search(unit_rows(queries), 3))
+    found = index.search(keys[5400:5900] * 1.0001, 1)
+    assert (found.flatten() == torch.arange(5400, 5900)).double().mean() > 0.97
+    with pytest.raises(ShapeError, match="continue"):
+        index.grow(keys[:100])
 
 
 @engines

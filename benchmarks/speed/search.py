@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import final
 
 import torch
 from torch import Tensor
@@ -31,14 +32,11 @@ def rows(settings: Settings, report: Report) -> list[Row]:
             keys = _keys(count, width, 0)
             index = AutoIndex()
             index.build(keys)
-            flat = load_faiss().IndexFlatL2(width)
-            flat.add(keys.numpy())
-            neighbors = _sklearn(keys)
-            norms = keys.square().sum(1)
+            peers = _Peers(keys)
             for case, (batch, k) in wanted.items():
                 queries = _keys(batch, width, 1)
                 plan = index.prepare(batch, k)
-                calls = _contenders(index, flat, neighbors, keys, norms, queries, k)
+                calls = peers.contenders(index, queries, k)
                 agree = float((calls[OURS]() == calls[TORCH]()).double().mean())  # type: ignore[attr-defined]
                 row = in_turn(calls, settings.rounds, warm_up=2).row(case)
                 ms = row["ms"]
@@ -57,31 +55,32 @@ def _keys(count: int, width: int, seed: int) -> Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
-def _sklearn(keys: Tensor) -> Callable[[Tensor, int], object]:
-    from sklearn.neighbors import NearestNeighbors
-
-    fitted = NearestNeighbors(algorithm="brute").fit(keys.numpy())
-    return lambda queries, k: fitted.kneighbors(queries.numpy(), k, return_distance=False)
+def exact_contenders(index: AutoIndex, keys: Tensor, queries: Tensor, k: int) -> dict[str, Callable[[], object]]:
+    """An exact search by us and by each peer, all fitted."""
+    return _Peers(keys).contenders(index, queries, k)
 
 
-def _contenders(
-    index: AutoIndex,
-    flat: object,
-    neighbors: Callable[[Tensor, int], object],
-    keys: Tensor,
-    norms: Tensor,
-    queries: Tensor,
-    k: int,
-) -> dict[str, Callable[[], object]]:
-    part = max(1, 2**26 // len(keys))  # what a user would do so that distances fit
+@final
+class _Peers:
+    """The peers, fitted to keys (N, d)."""
 
-    def by_torch() -> Tensor:
-        distances = (torch.addmm(norms, some, keys.T, alpha=-2) for some in queries.split(part))
+    def __init__(self, keys: Tensor) -> None:
+        from sklearn.neighbors import NearestNeighbors
+
+        self.keys, self.norms = keys, keys.square().sum(1)
+        self.flat = load_faiss().IndexFlatL2(keys.shape[1])
+        self.flat.add(keys.numpy())
+        self.neighbors = NearestNeighbors(algorithm="brute").fit(keys.numpy())
+
+    def contenders(self, index: AutoIndex, queries: Tensor, k: int) -> dict[str, Callable[[], object]]:
+        return {
+            OURS: lambda: index.search(queries, k),
+            FAISS: lambda: self.flat.search(queries.numpy(), k),
+            TORCH: lambda: self._by_torch(queries, k),
+            SKLEARN: lambda: self.neighbors.kneighbors(queries.numpy(), k, return_distance=False),
+        }
+
+    def _by_torch(self, queries: Tensor, k: int) -> Tensor:
+        part = max(1, 2**26 // len(self.keys))  # what a user would do so that distances fit
+        distances = (torch.addmm(self.norms, some, self.keys.T, alpha=-2) for some in queries.split(part))
         return torch.cat([some.topk(k, dim=1, largest=False).indices for some in distances])
-
-    return {
-        OURS: lambda: index.search(queries, k),
-        FAISS: lambda: flat.search(queries.numpy(), k),  # type: ignore[attr-defined]
-        TORCH: by_torch,
-        SKLEARN: lambda: neighbors(queries, k),
-    }

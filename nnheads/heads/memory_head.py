@@ -233,6 +233,10 @@ class MemoryHead(Head):
         found = self._search(keys, self.memory.ids[rows].unsqueeze(1), k)
         return neighbor_distances(keys, self.memory.keys_at(found), self.metric).square()
 
+    def update_index(self) -> None:
+        """Bring the search index up to date now, rather than at the next search."""
+        self._current_index()
+
     def _current_index(self) -> Index | CodeIndex:
         memory = self.memory
         if memory.coder is not None and memory.coder.quantizer is not None and memory.coded:
@@ -242,7 +246,11 @@ class MemoryHead(Head):
             return self._index
         if self._index is None or isinstance(self._index, CodeIndex):
             self._index, self._indexed = build_index(self.engine, self.metric), None
-        changed = self.memory.take_changes()
+        grown_from = memory.grown_from
+        changed = memory.take_changes()
+        if changed is not None and self._indexed is not None and grown_from == id(self._indexed):
+            self._index.grow(memory.keys, memory.active)
+            self._indexed = memory.keys
         if changed is None or self._indexed is not self.memory.keys:
             self._index.build(self.memory.keys, self.memory.active)
             self._indexed = self.memory.keys

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..coding import Coding
 from ..errors import ConfigError
-from ..functional import Metric, Vote, neighbor_distances, vote_log_probs, vote_log_weights
+from ..functional import Metric, Vote, neighbor_distances, smoothed_share, vote_log_weights
 from .base import one_of, positive
 from .evidence import Neighbors
 from .memory_head import MemoryHead
@@ -84,6 +84,8 @@ class VotingHead(MemoryHead):
     def _log_weights(self, z: Tensor, rows: Tensor) -> Tensor:
         if self.vote == "gaussian" and self.width.wanted(len(self.memory)):
             self.width.choose(self._stored_distances(), len(self.memory))
+        if self.vote == "uniform":  # all alike, however far away
+            return vote_log_weights(torch.zeros(rows.shape, dtype=z.dtype, device=z.device), rows >= 0)
         distances = neighbor_distances(z, self.memory.keys_at(rows), self.metric)
         return vote_log_weights(distances, rows >= 0, self.vote, self.width())
 
@@ -101,5 +103,5 @@ class VotingHead(MemoryHead):
         # Not even the smooth votes pass a gradient on: `loss` trains, and a criterion on the output must fail loudly.
         z = self._embed(z.detach().to(self.memory.keys.dtype))
         rows = self._search(z, ids, self._votes())
-        values = self.memory.values_at(rows)
-        return vote_log_probs(self._log_weights(z, rows), values, (rows >= 0).sum(1), self.smoothing)
+        share = self.memory.share_of(rows, self._log_weights(z, rows).exp())
+        return smoothed_share(share, (rows >= 0).sum(1), self.smoothing)
