@@ -70,6 +70,7 @@ class Memory(nn.Module):
         if self.coder is not None:
             self.register_buffer("codes", torch.zeros(0, 0, dtype=torch.uint8))
         self._expanded = False  # until `compress`, rows are kept as they come
+        self._came: list[Tensor] = []  # ids of those that came since
         self.register_buffer("active", torch.zeros(0, dtype=torch.bool), persistent=False)
         self.register_buffer("labels", torch.zeros(0, dtype=torch.long))
         self.register_buffer("ids", torch.zeros(0, dtype=torch.long))
@@ -116,6 +117,18 @@ class Memory(nn.Module):
         if self.coder is None or not self.coded:
             return self.keys[safe]
         return self.coder.decode(self.codes[safe]).to(self.keys.dtype)
+
+    def keys_as_they_came(self, count: int) -> tuple[Tensor, Tensor]:
+        """Ids (n,) and keys (n, d) of at most ``count`` samples, of a memory with a coding: of those whose key came
+        since `expand`, or else lately, and is known as it came, no decoded code. None after `compress`.
+        """
+        if self.coder is not None and self.coded:
+            ids, keys = self.coder.recent()
+            return ids[-count:], keys[-count:].to(self.keys.dtype)
+        rows = self.rows_of(torch.cat([self.ids[:0], *self._came]).unique())
+        rows = rows[rows >= 0]
+        rows = rows[torch.linspace(0, max(0, len(rows) - 1), min(len(rows), count), device=rows.device).long()]
+        return self.ids[rows], self.keys[rows]
 
     def all_keys(self) -> Tensor:
         """Keys (len, d) of all samples held, decoded where they are codes."""
@@ -241,14 +254,14 @@ class Memory(nn.Module):
             keys = self.keys.new_zeros(self.capacity, self.dim)
             keys[: self._count] = self.all_keys()
             self._hold(keys, self.codes.new_zeros(0, 0))
-        self._expanded = True
+        self._expanded, self._came = True, []
 
     @torch.no_grad()
     def compress(self) -> None:
         """Turn keys into codes; nothing without a coding. Codebooks that do not fit any more are trained anew."""
         if self.coder is None:
             return
-        self._expanded = False
+        self._expanded, self._came = False, []
         if self.coded:
             if self.coder.outdated():
                 self._retrain()
@@ -361,6 +374,8 @@ class Memory(nn.Module):
         """Write keys (n, d), as codes where keys are codes."""
         if self.coder is None or not self.coded:
             self.keys[rows] = keys
+            if self._expanded:
+                self._came.append(self.ids[rows])
             return
         self.codes[rows] = self.coder.encode(keys)
         self.coder.note(self.ids[rows], keys)
@@ -506,6 +521,7 @@ class Memory(nn.Module):
         for name, tensor in incoming.items():
             setattr(self, name, tensor.detach().to(self.get_buffer(name), copy=True))
         self._count, self._expanded = len(self.labels), False
+        self._came = []
         quantizer = [key for key in state_dict if key.startswith(prefix + _QUANTIZER)]
         if self.coder is not None:
             state = {key.removeprefix(prefix + _QUANTIZER): state_dict[key].detach().clone() for key in quantizer}

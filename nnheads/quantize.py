@@ -69,10 +69,10 @@ class ProductQuantizer:
             keys: (N, d) embeddings, finite.
             bytes_per_row: 4 to 64, 16 by default.
             bits: 8 (default) or 4 bits a part; 4 makes twice as many parts of 16 codewords.
-            rotation: ``"none"`` (default); ``"pca:DIM"``, the DIM leading principal directions, turned at random so
-                that no part holds all the variance; ``"opq"``, a trained rotation; ``"opq:DIM"``, a trained rotation of
-                the DIM leading principal directions. With ``opq`` the dimensions are rounded down to a multiple of the
-                number of parts.
+            rotation: ``"none"`` (default); ``"pca"`` or ``"pca:DIM"``, the DIM leading principal directions (four a
+                byte by default), dealt to the parts so that all have as much to say; ``"opq"``, a trained rotation that
+                begins with these; ``"opq:DIM"``, the same of the DIM leading ones. With ``opq`` the dimensions are
+                rounded down to a multiple of the number of parts.
             seed: of the k-means and of the rows drawn to train the rotation.
             half_codebooks: keep codebooks and rotation in float16, half as large (float32 where values need it).
             rounds: of k-means for the codebooks; 8 lose 1 % on the rows trained on, and nothing on others.
@@ -92,7 +92,7 @@ class ProductQuantizer:
         if keys.ndim != 2 or not keys.is_floating_point() or not keys.shape[1]:
             raise ShapeError(f"keys must be a (N, d) floating tensor, got {tuple(keys.shape)} {keys.dtype}")
         rows, width = keys.shape
-        kind, reduced = parse_rotation(rotation, width)
+        kind, reduced = parse_rotation(rotation, width, bytes_per_row)
         points = keys.detach().to("cpu", torch.float32).contiguous()
         if not bool(torch.isfinite(points).all()):
             raise ShapeError("keys hold NaN or infinity: check the embeddings before quantizing them")

@@ -74,7 +74,7 @@ def test_saved_in_the_middle_of_a_refresh_there_is_no_center_either() -> None:
 
 def test_the_papers_size() -> None:
     """5,994 centers of 512 numbers at 16 bytes (Lebedev et al. 2018): all that the head saves."""
-    head = filled(n=5994, width=512, bytes_per_center=16, rotation="pca:64")
+    head = filled(n=5994, width=512, bytes_per_center=16, rotation="pca")
     assert head.state_dict()["memory.codes"].numel() == 95_904
     everything = sum(t.numel() * t.element_size() for t in head.state_dict().values())
     assert everything <= 700_000
@@ -102,8 +102,8 @@ def test_memory_counts_codes_and_codebooks() -> None:
     assert head.memory.bytes == 600 * (8 + 3 * 8) + books + 2 * 8
 
 
-@pytest.mark.parametrize("options", [{}, {"rotation": "pca:16"}, {"code_bits": 4}])
-@pytest.mark.parametrize("budget", [2_000, 9_000, 60_000])
+@pytest.mark.parametrize("options", [{}, {"rotation": "none"}, {"code_bits": 4, "rotation": "opq"}])
+@pytest.mark.parametrize("budget", [2_500, 9_000, 60_000])
 def test_as_many_centers_fit_as_a_budget_is_said_to_hold(budget: int, options: dict[str, object]) -> None:
     head = build_head("impostor", 32, 4, bytes_per_center=8, **options)
     fitting = centers_within(budget, head)

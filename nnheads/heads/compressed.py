@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from .._codebooks import parse_rotation
-from ..coding import Coding
+from ..coding import ROTATION, Coding
 from ..errors import ConfigError
 from ..quantize import MAX_BYTES, MIN_BYTES
 from .base import positive
@@ -26,8 +26,9 @@ def coding_of(
     Args:
         head: its name, for messages.
         bytes_per_center: 4 to 64; None or 0 keeps centers as they are, four bytes a number.
-        rotation: ``"none"``; ``"opq"``, a trained rotation before the parts of a center are quantized; ``"pca:DIM"``,
-            DIM principal directions, or ``"opq:DIM"``, a trained rotation of these: smaller codebooks.
+        rotation: what is done before the parts of a center are quantized. ``"pca"`` or ``"pca:DIM"``: the DIM leading
+            principal directions, four a byte by default; ``"opq"`` or ``"opq:DIM"``, these rotated further by
+            training; ``"none"``.
         code_bits: 8, or 4 for codebooks of 16 words, smaller and less exact.
         dim: width of the centers.
 
@@ -38,7 +39,7 @@ def coding_of(
     if code_bits not in (4, 8):
         raise ConfigError(f"head {head!r}: code_bits must be 8 or 4, got {code_bits!r}")
     if not bytes_per_center:
-        if rotation != "none" or code_bits != 8:
+        if rotation != ROTATION or code_bits != 8:
             raise ConfigError(f"head {head!r}: rotation and code_bits are of compressed centers: give bytes_per_center")
         return None
     if not MIN_BYTES <= bytes_per_center <= MAX_BYTES:
@@ -46,7 +47,7 @@ def coding_of(
             f"head {head!r}: bytes_per_center must be {MIN_BYTES} to {MAX_BYTES}, or 0 for none, got {bytes_per_center}"
         )
     try:
-        parse_rotation(rotation, dim)
+        parse_rotation(rotation, dim, bytes_per_center)
     except (ConfigError, AttributeError) as error:
         raise ConfigError(f"head {head!r}: {error}") from None
     return Coding(bytes_per_center, rotation, code_bits)

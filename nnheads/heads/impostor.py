@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..coding import ROTATION
 from .base import one_of, positive
 from .compressed import coding_of
 from .kernel_vote import KernelVoteHead
@@ -56,7 +57,7 @@ class ImpostorHead(KernelVoteHead):
         normalize: bool = False,
         engine: Literal["auto", "torch", "faiss"] = "auto",
         bytes_per_center: int | None = None,
-        rotation: str = "none",
+        rotation: str = ROTATION,
         code_bits: Literal[4, 8] = 8,
     ) -> None:
         super().__init__(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..coding import ROTATION
 from ..errors import ConfigError
 from ..functional import Metric, Vote
 from .base import positive
@@ -53,7 +54,7 @@ class KNNHead(VotingHead):
         normalize: bool = False,
         engine: Literal["auto", "torch", "faiss"] = "auto",
         bytes_per_center: int | None = None,
-        rotation: str = "none",
+        rotation: str = ROTATION,
         code_bits: Literal[4, 8] = 8,
     ) -> None:
         if pca is not None:

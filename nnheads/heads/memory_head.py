@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from ..index import Index, build_index
 from ..memory import ColumnWidth, Memory
 from .base import Head, one_of, positive
 from .evidence import Explanation, Neighbors, Scale, listing
+
+_SAMPLED: Final = 1024  # stored samples that a width is chosen from
 
 
 class MemoryHead(Head):
@@ -66,6 +68,7 @@ class MemoryHead(Head):
         self._index: Index | CodeIndex | None = build_index(engine, metric)
         self._indexed: Tensor | None = None  # the key buffer the index was built on
         self._warned = False
+        self._sampled: tuple[Tensor, Tensor] | None = None  # ids and keys as they came before they were compressed
 
     @property
     def follows(self) -> bool:
@@ -95,6 +98,8 @@ class MemoryHead(Head):
 
     def refreshed(self) -> None:
         self._refreshing = False
+        if self.memory.coder is not None:
+            self._sampled = self.memory.keys_as_they_came(_SAMPLED)
         self.memory.compress()
 
     def add(self, z: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -222,15 +227,19 @@ class MemoryHead(Head):
         self.memory.write(own[own >= 0], z[own >= 0])
 
     @torch.no_grad()
-    def _stored_distances(self, samples: int = 1024) -> Tensor:
+    def _stored_distances(self) -> Tensor:
         """Squared distances (n, k) of some stored samples to their neighbours, leave-one-out, nearest first."""
-        held = len(self.memory)
-        k = min(self.k, held - 1)
+        k = min(self.k, len(self.memory) - 1)
         if k < 1:
             return self.memory.keys.new_zeros(0, 1)
-        rows = torch.linspace(0, held - 1, min(held, samples), device=self.memory.keys.device).long()
-        keys = self.memory.keys_at(rows)
-        found = self._search(keys, self.memory.ids[rows].unsqueeze(1), k)
+        if self._sampled is not None:
+            # What is asked later is no code either, and lies farther from decoded centers than they do.
+            (ids, keys), self._sampled = self._sampled, None
+        else:
+            held = len(self.memory)
+            rows = torch.linspace(0, held - 1, min(held, _SAMPLED), device=self.memory.ids.device).long()
+            ids, keys = self.memory.ids[rows], self.memory.keys_at(rows)
+        found = self._search(keys, ids.unsqueeze(1), k)
         return neighbor_distances(keys, self.memory.keys_at(found), self.metric).square()
 
     def update_index(self) -> None:
@@ -287,4 +296,4 @@ class MemoryHead(Head):
 
     def __getstate__(self) -> dict[str, Any]:
         # An index is rebuilt from the keys whenever it is needed: never copied, pickled or saved.
-        return {**self.__dict__, "_index": None, "_indexed": None}
+        return {**self.__dict__, "_index": None, "_indexed": None, "_sampled": None}

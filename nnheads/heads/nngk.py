@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..coding import ROTATION
 from .base import positive
 from .compressed import coding_of
 from .kernel_vote import KernelVoteHead
@@ -50,7 +51,7 @@ class NNGKHead(KernelVoteHead):
         normalize: bool = False,
         engine: Literal["auto", "torch", "faiss"] = "auto",
         bytes_per_center: int | None = None,
-        rotation: str = "none",
+        rotation: str = ROTATION,
         code_bits: Literal[4, 8] = 8,
     ) -> None:
         super().__init__(
