@@ -24,7 +24,7 @@ LAYERS: list[list[str]] = [
     ["nnheads._faiss", "nnheads._exact"],
     ["nnheads.search_costs", "nnheads._ann"],
     ["nnheads._index_base"],
-    ["nnheads.approximate"],
+    ["nnheads.approximate", "nnheads.large"],
     ["nnheads.index", "nnheads._codebooks", "nnheads.quantize", "nnheads.backbones"],
     ["nnheads.coding", "nnheads.code_index", "nnheads.memory"],
     ["nnheads.heads", "nnheads.data", "nnheads.batches", "nnheads.thumbnails"],

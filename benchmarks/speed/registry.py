@@ -58,6 +58,12 @@ BENCHES: dict[str, Bench] = {
             "below 0.2 s, no rebuild",
         ),
         Bench(
+            "million",
+            "million",
+            "10 million 64-d centers at 16 bytes, beside 100,000; needs --embeddings",
+            "within 8 GB; query time at most 10 x at equal recall@10 of at least 0.7",
+        ),
+        Bench(
             "nca",
             "nca",
             "NCA loss and its gradient beside pytorch-metric-learning's",
