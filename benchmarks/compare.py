@@ -115,7 +115,8 @@ def summarize(
             if measure == "agreement":
                 values = [agreements.get((head, seed)) for seed in config.seeds]
             else:
-                values = [result[measure] for result in own]
+                # None where it was made before there was such a measure
+                values = [result.get(measure) for result in own]
             row[measure] = mean_and_spread(values)
         rows.append(row)
     return {
@@ -166,6 +167,7 @@ def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) 
     import numpy as np
     import torch
 
+    from nnheads.calibration import cross_fitted
     from nnheads.heads import MemoryHead
     from nnheads.training import evaluate, fit
 
@@ -205,6 +207,8 @@ def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) 
         # JSON has no infinity, which a head that is certain and wrong can reach
         "log_loss": found.log_loss if math.isfinite(found.log_loss) else None,
         "ece": found.ece,
+        "ece_scaled": cross_fitted(found).ece,
+        **_outliers(model, data, config),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "memory_bytes": int(held),
         "train_seconds": history.seconds,
@@ -254,6 +258,17 @@ def _learns(model: HeadedModel) -> bool:
         return True
     head = model.head
     return bool(list(head.parameters())) and not (head.uses_memory and head.trains_with == "objective")
+
+
+def _outliers(model: HeadedModel, data: ImageData, config: CompareConfig) -> dict[str, Any]:
+    from nnheads.benchmarks.datasets import load_foreign
+    from nnheads.benchmarks.outliers import auroc
+
+    if config.ood is None:
+        return {"auroc": None}
+    foreign = load_foreign(config.ood, config.data_dir, data.preprocessing)
+    own, by_score = auroc(model, data.test, foreign, config.device)
+    return {"auroc": own, "auroc_by_score": by_score}
 
 
 def _inference_ms(model: HeadedModel, data: ImageData, device: str) -> float:

@@ -16,6 +16,8 @@ MEASURES: tuple[str, ...] = (
     "accuracy",
     "log_loss",
     "ece",
+    "ece_scaled",
+    "auroc",
     "parameters",
     "memory_bytes",
     "train_seconds",
@@ -114,6 +116,7 @@ class CompareConfig:
         weights: start from the weights in this file; see `nnheads.weights.load_weights`.
         freeze: leave the backbone as it is and train heads alone.
         image_size: side of the images in pixels, to which they are resized; None for the data set's own.
+        ood: a data set whose test images heads are to tell from those of ``dataset``; None for none.
     """
 
     heads: tuple[str, ...] = ("dense", "knn", "nca")
@@ -129,6 +132,7 @@ class CompareConfig:
     weights: Path | None = None
     freeze: bool = False
     image_size: int | None = None
+    ood: str | None = None
 
     def recipe(self) -> Recipe:
         """The training on ``dataset``: its defaults, and what the user set."""
@@ -152,6 +156,7 @@ class CompareConfig:
             "weights": None if self.weights is None else _named_file(self.weights),
             "freeze": self.freeze or None,
             "image_size": self.image_size,
+            "ood": self.ood,
         }
         return {"dataset": self.dataset, **asdict(self.recipe()), **shared, **start}
 
@@ -178,6 +183,10 @@ class CompareConfig:
                 raise ConfigError(f"head {head!r} is given twice")
         if self.dataset not in RECIPES and not self.dataset.startswith("images:"):
             raise unknown_name("data set", self.dataset, [*list_datasets(), "images:DIR"])
+        if self.ood is not None and self.ood not in list_datasets() and not self.ood.startswith("images:"):
+            raise unknown_name("data set", self.ood, [*list_datasets(), "images:DIR"])
+        if self.ood is not None and self.ood == self.dataset:
+            raise ConfigError(f"--ood {self.ood} is what the heads are trained on: give another data set")
         if self.backbone is not None:
             build_backbone(self.backbone)
         if self.image_size is not None and self.image_size < 8:

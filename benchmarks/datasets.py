@@ -150,7 +150,7 @@ def load_dataset(
     if train.class_names != test.class_names:
         raise DataError(f"{name}: train and test have different classes: both need the same folders")
     if size is not None and (size, size) != preprocessing.size:
-        train, test = (replace(images, images=_resized(images.images, size)) for images in (train, test))
+        train, test = (replace(images, images=_resized(images.images, (size, size))) for images in (train, test))
         preprocessing = replace(preprocessing, size=(size, size))
     return ImageData(train, test, preprocessing)
 
@@ -182,6 +182,24 @@ def load_images(
         else:
             images = _read_torchvision(facts, root, train)
     return images if train else _without_ids(images)
+
+
+def load_foreign(name: str, data_dir: str | Path | None, preprocessing: Preprocessing) -> ImageSet:
+    """The test images of a data set in the form that a model trained on another one takes.
+
+    Args:
+        name, data_dir: as in `load_dataset`.
+        preprocessing: gives size and channels; images are resized, and made grey or RGB.
+    """
+    from torchvision.transforms.functional import rgb_to_grayscale
+
+    found = load_images(name, data_dir, train=False)
+    images = found.images
+    if tuple(images.shape[2:]) != preprocessing.size:
+        images = _resized(images, preprocessing.size)
+    if images.shape[1] != preprocessing.channels:
+        images = rgb_to_grayscale(images) if preprocessing.channels == 1 else images.expand(-1, 3, -1, -1).contiguous()
+    return replace(found, images=images)
 
 
 def _known(name: str) -> DatasetFacts:
@@ -219,9 +237,9 @@ def _own_folder(name: str, data_dir: str | Path | None) -> Path:
     return Path(given or str(data_dir)).expanduser()
 
 
-def _resized(images: Tensor, size: int) -> Tensor:
+def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     def resize(part: Tensor) -> Tensor:
-        return F.interpolate(part, (size, size), mode="bilinear", antialias=True)
+        return F.interpolate(part, size, mode="bilinear", antialias=True)
 
     return torch.cat([resize(part) for part in images.split(1024)])
 

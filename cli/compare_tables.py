@@ -14,6 +14,8 @@ _DATASET: Formats = {
     "accuracy": ("accuracy|%", screen.percent),
     "log_loss": ("log-loss", screen.number),
     "ece": ("ECE|%", screen.percent),
+    "ece_scaled": ("ECE|scaled %", screen.percent),
+    "auroc": ("AUROC|%", screen.percent),
     "parameters": ("para-|meters", screen.count),
     "memory_bytes": ("memory", screen.size),
     "train_seconds": ("train|s", screen.tenths),
@@ -37,15 +39,20 @@ def show_heads(summary: dict[str, Any]) -> None:
     epochs = settings["epochs"]
     facts = [
         f"backbone {settings['backbone']}",
-        *(["pretrained"] if settings["pretrained"] else []),
-        *([f"weights {settings['weights']}"] if settings["weights"] else []),
-        *(["frozen"] if settings["freeze"] else []),
+        *(["pretrained"] if settings.get("pretrained") else []),
+        *([f"weights {settings['weights']}"] if settings.get("weights") else []),
+        *(["frozen"] if settings.get("freeze") else []),
         f"{epochs} epoch{'s' * (epochs > 1)}",
         _seeds(summary),
     ]
     screen.line(f"{summary['dataset']}: {', '.join(facts)}")
-    screen.table("", *_fitting("head", [(row["head"], row) for row in summary["rows"]], _DATASET), text=_TEXT)
+    rows = [(row["head"], {name: row.get(name) for name in _DATASET}) for row in summary["rows"]]
+    shown = {name: form for name, form in _DATASET.items() if name != "auroc" or settings.get("ood")}
+    screen.table("", *_fitting("head", rows, shown), text=_TEXT)
     _explain_spread(summary)
+    screen.line("ECE scaled: each half of the test images at the temperature that fits the other half")
+    if settings.get("ood"):
+        screen.line(f"AUROC: test images against those of {settings['ood']}, by distance or, for dense, by probability")
 
 
 def show_strategies(summary: dict[str, Any]) -> None:

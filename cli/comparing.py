@@ -58,6 +58,10 @@ def compare(
     image_size: Annotated[
         int | None, typer.Option("--image-size", min=8, metavar="N", help="Resize images to N x N pixels.")
     ] = None,
+    ood: Annotated[
+        str | None,
+        typer.Option("--ood", metavar="NAME", help="Data set whose images heads are to tell from their own (AUROC)."),
+    ] = None,
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
     lr: Annotated[
@@ -133,6 +137,7 @@ def compare(
             "--weights": weights is not None,
             "--freeze": freeze,
             "--image-size": image_size is not None,
+            "--ood": ood is not None,
         }
         for option, given in on_dataset.items():
             if given:
@@ -165,6 +170,7 @@ def compare(
                 weights=weights,
                 freeze=freeze,
                 image_size=image_size,
+                ood=ood,
             )
             config.check()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nnheads.cli import options, screen
-from nnheads.cli.inference import Checkpoint, open_model
+from nnheads.cli.inference import UNLIKE, Checkpoint, open_model, outliers
 from nnheads.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ def explain(
         found = gather_evidence(model, opened, called, pictures=pictures, listed=neighbors, leave_out=gone)
         # What is asked about is shown as it is, not as small as the network sees it.
         found = [replace(image, picture=_picture(path)) for image, path in zip(found, images, strict=True)]
+        unlike = outliers(model, preprocessing(opened).to(model.device))
+        remark = (f"{UNLIKE[0].upper()}{UNLIKE[1:]}.",)
+        found = [replace(image, remarks=remark if far else ()) for image, far in zip(found, unlike, strict=True)]
         if out is not None:
             from nnheads.page import render_page
             from nnheads.storage import replace_text

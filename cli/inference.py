@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,8 +13,13 @@ from nnheads.cli import options, screen
 from nnheads.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nnheads.data import ImageSet, Preprocessing
     from nnheads.headed import HeadedModel
+
+UNLIKE = "unlike the training samples: farther from them than nearly all held-out images were"
+"""What is said of an image beyond the limit that ``calibrate`` chose."""
 
 BATCH = 64
 """Images opened and decided at a time, so that memory does not grow with their number."""
@@ -45,6 +51,20 @@ def predict(
             if answer["neighbors"]:
                 near = ", ".join(f"{n['id']} ({n['class']})" for n in answer["neighbors"])
                 screen.line(f"  nearest training samples: {near}")
+            if answer.get("unlike_training_samples"):
+                screen.line(f"  {UNLIKE}")
+
+
+def outliers(model: HeadedModel, x: Tensor) -> list[bool | None]:
+    """Whether each of a batch is unlike the training samples, by the limit ``calibrate`` chose; None without one."""
+    import torch
+
+    limit = float(model.head.outlier_threshold)
+    if not math.isfinite(limit):
+        return [None] * len(x)
+    with torch.no_grad():
+        beyond: list[bool | None] = (model.head.outlier_scores(model.features(x)) > limit).tolist()
+    return beyond
 
 
 def _predict(
@@ -57,6 +77,7 @@ def _predict(
     x = preprocessing(torch.stack([preprocessing.open(path) for path in paths])).to(model.device)
     with torch.inference_mode():
         best = model(x).exp().topk(min(top, len(names)))
+        unlike = outliers(model, x)
     near: list[list[dict[str, Any]]] = [[] for _ in paths]
     if isinstance(model.head, MemoryHead):
         found = model.explain(x, k=5)
@@ -73,9 +94,10 @@ def _predict(
             "image": str(path),
             "classes": [{"class": names[c], "probability": p} for c, p in zip(classes, shares, strict=True)],
             "neighbors": neighbors,
+            **({} if beyond is None else {"unlike_training_samples": beyond}),
         }
-        for path, classes, shares, neighbors in zip(
-            paths, best.indices.tolist(), best.values.tolist(), near, strict=True
+        for path, classes, shares, neighbors, beyond in zip(
+            paths, best.indices.tolist(), best.values.tolist(), near, unlike, strict=True
         )
     ]
 
@@ -96,7 +118,7 @@ def evaluate(
         if data_dir is None and dataset is None:
             raise ConfigError("eval needs --data-dir DIR with <class>/* or test/<class>/*, or --dataset NAME")
         model, preprocessing, names = open_model(checkpoint, device)
-        data = _test_images(preprocessing, names, data_dir, dataset)
+        data = held_out_images(preprocessing, names, data_dir, dataset)
         result = _measure(model, preprocessing, names, data, batch_size, device)
     if as_json:
         screen.print_json({"checkpoint": str(checkpoint), **result})
@@ -174,9 +196,14 @@ def open_model(checkpoint: Path, device: str) -> tuple[HeadedModel, Preprocessin
     return model, model.preprocessing, label_names(model)
 
 
-def _test_images(
-    preprocessing: Preprocessing, names: tuple[str, ...], data_dir: Path | None, dataset: str | None
+def held_out_images(
+    preprocessing: Preprocessing,
+    names: tuple[str, ...],
+    data_dir: Path | None,
+    dataset: str | None,
+    parts: tuple[str, ...] = ("test",),
 ) -> ImageSet:
+    """Labelled images of a model's classes: those of the first part that a folder has, or of the folder itself."""
     import torch
 
     from nnheads.benchmarks.datasets import load_images
@@ -185,8 +212,7 @@ def _test_images(
     if dataset is None:
         assert data_dir is not None
         folder = data_dir.expanduser()
-        if has_class_folders(folder / "test"):
-            folder = folder / "test"
+        folder = next((folder / part for part in parts if has_class_folders(folder / part)), folder)
         data = from_folder(folder, preprocessing, class_names=names)
         missing = [name for name in names if name not in {child.name for child in class_folders(folder)}]
         if missing:

@@ -1,4 +1,4 @@
-"""``nnheads add`` and ``nnheads forget``: a saved model learns and unlearns samples, without training."""
+"""``nnheads add``, ``forget`` and ``calibrate``: what a saved model learns and unlearns without training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nnheads.cli import options, screen
-from nnheads.cli.inference import Checkpoint, model_folder
+from nnheads.cli.inference import Checkpoint, held_out_images, model_folder, open_model
 from nnheads.errors import ConfigError
 
 
@@ -55,6 +55,55 @@ def forget(
         return
     screen.line(f"forgot {_count(len(gone), 'sample')} of {folder}; {left:,} left")
     screen.line("the weights of its backbone, and codebooks if it has any, were trained with what is forgotten")
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    data_dir: options.DataDir = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", metavar="NAME", help="Its test images; see nnheads list datasets.")
+    ] = None,
+    accepted: Annotated[
+        float,
+        typer.Option("--accepted", metavar="SHARE", help="Share of these that counts as like the training images."),
+    ] = 0.95,
+    device: options.Device = "auto",
+    as_json: options.AsJson = False,
+) -> None:
+    """Fit how certain a saved model is, and from where on an image is unlike its training samples, on held-out images.
+
+    Give images that the model was neither trained on nor is to be tested on: val/<class>/*, test/<class>/* or
+    <class>/* of --data-dir. No answer changes.
+    """
+    from nnheads.calibration import calibrate_saved
+    from nnheads.data import BatchLoader
+
+    if data_dir is None and dataset is None:
+        raise ConfigError("calibrate needs --data-dir DIR with <class>/*, or --dataset NAME")
+    options.share("--accepted", accepted)
+    folder = model_folder(checkpoint)
+    with screen.interruptible(lambda: f"{folder} as it was"):
+        _, preprocessing, names = open_model(checkpoint, device)
+        data = held_out_images(preprocessing, names, data_dir, dataset, ("val", "test"))
+        found = calibrate_saved(folder, BatchLoader(data, preprocessing, 256), accepted=accepted, device=device)
+    told = {
+        "checkpoint": str(folder),
+        "images": found.samples,
+        "temperature": found.temperature,
+        "outlier_threshold": found.outlier_threshold,
+        "before": {"ece": found.before.ece, "log_loss": found.before.log_loss},
+        "after": {"ece": found.after.ece, "log_loss": found.after.log_loss},
+    }
+    if as_json:
+        screen.print_json(told)
+        return
+    screen.line(f"temperature {found.temperature:.3f}, from {_count(found.samples, 'held-out image')}")
+    screen.line(
+        f"expected calibration error {screen.percent(found.before.ece)} % -> {screen.percent(found.after.ece)} %, "
+        f"log-loss {screen.number(found.before.log_loss)} -> {screen.number(found.after.log_loss)} "
+        "(each half at the temperature of the other)"
+    )
+    screen.line(f"unlike the training samples: beyond a score of {found.outlier_threshold:.4g}")
 
 
 def _count(number: int, what: str) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nnheads.attach import detach_head as detach_head
     from nnheads.backbones import build_backbone as build_backbone
     from nnheads.backbones import list_backbones as list_backbones
+    from nnheads.calibration import calibrate as calibrate
     from nnheads.data import ImageSet as ImageSet
     from nnheads.data import Preprocessing as Preprocessing
     from nnheads.data import with_ids as with_ids
@@ -45,6 +46,7 @@ _HOMES = {
     "attach_head": "attach",
     "detach_head": "attach",
     "build_backbone": "backbones",
+    "calibrate": "calibration",
     "list_backbones": "backbones",
     "ImageSet": "data",
     "Preprocessing": "data",
@@ -83,6 +85,7 @@ __all__ = [
     "build_backbone",
     "build_head",
     "build_index",
+    "calibrate",
     "detach_head",
     "embed",
     "errors",

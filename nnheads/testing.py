@@ -328,6 +328,27 @@ def _explanation(name: str, options: dict[str, Any]) -> None:
                 _expect(not bool(((listed.diff(dim=1) == 0) & (listed[:, 1:] >= 0)).any()), "a sample is listed twice")
 
 
+@_check
+def _calibration(name: str, options: dict[str, Any]) -> None:
+    """A temperature makes answers in evaluation more or less certain and changes none; outlier scores are finite."""
+    head, z, _, ids = _trained(name, options)
+    plain = head(z)
+    for temperature in (0.5, 3.0):
+        head.set_temperature(temperature)
+        expected = (plain / temperature).log_softmax(-1)
+        _expect_same(head(z), expected, f"at temperature {temperature}", 1e-5)
+        if isinstance(head, MemoryHead):
+            _expect_same(head.explain(z).probabilities, expected.exp(), f"explained at {temperature}", 1e-5)
+        again = _build(name, head.config())
+        again.load_state_dict(head.state_dict())
+        _expect_same(again.eval()(z), head(z), "loaded with a temperature")
+        training = copy.deepcopy(head).train()
+        training.set_temperature(1.0)
+        _expect_same(copy.deepcopy(head).train()(z, ids=ids), training(z, ids=ids), "in training, at a temperature")
+    scores = head.outlier_scores(z)
+    _expect(scores.shape == (len(z),) and bool(torch.isfinite(scores).all()), f"outlier scores are {scores}")
+
+
 # ---- few samples -------------------------------------------------------------------------------------------------
 
 

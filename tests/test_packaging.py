@@ -32,7 +32,7 @@ LAYERS: list[list[str]] = [
     ["nnheads.cutting"],
     ["nnheads.attach", "nnheads.averaging", "nnheads.evaluation", "nnheads.explain", "nnheads.page"],
     ["nnheads.io", "nnheads.weights", "nnheads.testing"],
-    ["nnheads.editing"],
+    ["nnheads.editing", "nnheads.calibration"],
     ["nnheads.training_run"],
     ["nnheads.training"],
     ["nnheads.gating"],

@@ -26,12 +26,18 @@ class Head(nn.Module, ABC):
         differentiable: whether the output has a useful gradient with respect to the embeddings.
         trains_with: ``"output"`` where a criterion on the log-probabilities trains it, ``"objective"`` where only
             `loss` does.
+        temperature: scalar by which log-probabilities are divided in evaluation, before they are normalized; 1 until
+            `nnheads.calibrate` fits it. Saved with the head.
+        outlier_threshold: scalar, `outlier_scores` from which on a sample counts as unlike the training samples;
+            infinite until `nnheads.calibrate` chooses it. Saved with the head.
     """
 
     name: ClassVar[str] = ""
     uses_memory: ClassVar[bool]
     differentiable: ClassVar[bool]
     trains_with: ClassVar[Literal["output", "objective"]]
+    temperature: Tensor
+    outlier_threshold: Tensor
 
     def __init__(self, in_features: int, num_classes: int) -> None:
         super().__init__()
@@ -41,6 +47,9 @@ class Head(nn.Module, ABC):
             )
         self.in_features = in_features
         self.num_classes = num_classes
+        self.register_buffer("temperature", torch.ones(()))
+        self.register_buffer("outlier_threshold", torch.full((), math.inf))
+        self._tempered = False
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -69,7 +78,32 @@ class Head(nn.Module, ABC):
         """
         z = self._check(z)
         with torch.autocast(z.device.type, enabled=False):
-            return self._log_probs(z, self._check_ids(ids, len(z))).to(z.dtype)
+            return self.tempered(self._log_probs(z, self._check_ids(ids, len(z)))).to(z.dtype)
+
+    def tempered(self, log_probs: Tensor) -> Tensor:
+        """Log-probabilities (B, C) at the head's temperature: in evaluation, where one was set."""
+        if self.training or not self._tempered:
+            return log_probs
+        return (log_probs / self.temperature.to(log_probs.dtype)).log_softmax(-1)
+
+    def set_temperature(self, temperature: float) -> None:
+        """Divide log-probabilities by a temperature from now on, in evaluation; above 1 they become less certain.
+
+        Raises:
+            ConfigError: it is not above 0.
+        """
+        positive(self.name, "temperature", temperature)
+        self.temperature.fill_(temperature)
+        self._tempered = temperature != 1
+
+    @torch.no_grad()
+    def outlier_scores(self, z: Tensor) -> Tensor:
+        """(B,) how unlike the training samples embeddings (B, d) are; the higher the less like.
+
+        Without stored samples, one minus the largest probability (Hendrycks and Gimpel 2017).
+        """
+        log_probs: Tensor = self(z)
+        return 1 - log_probs.exp().amax(-1)
 
     def loss(self, z: Tensor, y: Tensor, *, ids: Tensor | None = None) -> Tensor:
         """The head's own objective on a batch; the negative log-likelihood of the output unless a head says otherwise.
@@ -115,6 +149,12 @@ class Head(nn.Module, ABC):
             {"params": plain, "lr": lr, "weight_decay": 0.0},
         ]
         return [g for g in groups if g["params"]]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("temperature", "outlier_threshold"):  # a head saved before there were any
+            state_dict.setdefault(prefix + name, torch.tensor(1.0 if name == "temperature" else math.inf))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._tempered = float(self.temperature) != 1
 
     def _check(self, z: Tensor) -> Tensor:
         if z.dim() != 2 or z.shape[1] != self.in_features:

@@ -297,7 +297,7 @@ class BiasedHead(RegressionHead):
                 raise ShapeError("head 'biased': embeddings hold NaN or infinity; check the input")
             z = z.index_copy(0, rows, torch.lerp(z2.to(z.dtype), z[rows], g[rows].unsqueeze(-1)))
         with torch.autocast(h.device.type, enabled=False):
-            return Gated(self._answer(z, votes).to(phi.dtype), g, skipped)
+            return Gated(self.tempered(self._answer(z, votes)).to(phi.dtype), g, skipped)
 
     def _log_probs(self, z: Tensor, ids: Tensor | None) -> Tensor:
         if not len(self.memory):
@@ -312,11 +312,12 @@ class BiasedHead(RegressionHead):
     def _shares(self, z: Tensor, found: Neighbors, ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """A neighbour contributes what the classifier makes of its z_i, times its weight and the gate, to the logits (g
         counts as one where f2 is skipped); the rest is from f2, the biases and the normalization."""
-        log_probs = self(z, ids=ids)
+        given = self._check_ids(ids, len(z))
+        log_probs = self._log_probs(z, given).to(z.dtype)
         if not len(self.memory):
             return z.new_zeros(*found.rows.shape, self.num_classes), log_probs
         phi = self._embed(z.to(self.memory.keys.dtype))
-        gate = self._regression(phi, self._check_ids(ids, len(z)))[1]
+        gate = self._regression(phi, given)[1]
         gate = gate.masked_fill(gate >= self.gate.threshold, 1)
         weights = found.weights * gate.unsqueeze(-1)
         values = self.memory.column("z")[found.rows.clamp_min(0)] @ self.classifier.layer.weight.T

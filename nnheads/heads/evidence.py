@@ -93,3 +93,16 @@ def listing(
         listed["weights"] = F.pad(found.weights, (0, order.shape[1]))
         shares = F.pad(shares, (0, 0, 0, order.shape[1]))
     return Explanation(**listed, shares=shares, rest=rest, scale=scale)
+
+
+def at_temperature(shares: Tensor, rest: Tensor, scale: Scale, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Contributions (B, k, C) and rest (B, C) to the calibrated scores.
+
+    Logits are divided by the temperature. The probability of a class changes as `nnheads.heads.Head.tempered` has it,
+    and everyone's part in it stays what it was.
+    """
+    if scale == "logit":
+        return shares / temperature, rest / temperature
+    log_scores = (shares.sum(1) + rest).log()
+    change = ((log_scores / temperature).log_softmax(-1) - log_scores).exp()
+    return shares * change.unsqueeze(1), rest * change

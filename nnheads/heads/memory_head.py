@@ -19,7 +19,8 @@ from ..functional import Metric, neighbor_distances
 from ..index import Index, build_index
 from ..memory import ColumnWidth, Memory
 from .base import Head, one_of, positive
-from .evidence import Explanation, Neighbors, Scale, listing
+from .evidence import Explanation, Neighbors, Scale, at_temperature, listing
+from .outliers import OutlierScore, outlier_scores
 
 _SAMPLED: Final = 1024  # stored samples that a width is chosen from
 
@@ -172,21 +173,40 @@ class MemoryHead(Head):
         with torch.autocast(z.device.type, enabled=False):
             found = self.neighbors(z, ids=ids)
             shares, rest = self._shares(z, found, ids)
+            if self._tempered and not self.training:
+                shares, rest = at_temperature(shares, rest, self.evidence_scale, self.temperature)
         more = None if k is None or k <= found.rows.shape[1] else self.neighbors(z, ids=ids, k=k)
         return listing(found, shares, rest, self.evidence_scale, k, more)
 
     def _shares(self, z: Tensor, found: Neighbors, ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Contributions (B, k, C) of neighbours to the scores of the classes, and the rest (B, C).
 
-        For checked embeddings ``z``, the neighbours that decide, and ids as in `forward`. Unless a head knows better, a
-        neighbour contributes its weight to its class, at most what the class has.
+        Before any temperature; for checked embeddings, the neighbours that decide, and ids as in `forward`. Unless a
+        head knows better, a neighbour contributes its weight to its class, at most what the class has.
         """
-        probabilities = self(z, ids=ids).exp()
+        probabilities = self._log_probs(z, self._check_ids(ids, len(z))).to(z.dtype).exp()
         votes = found.weights.unsqueeze(-1) * self.memory.values_at(found.rows).to(z.dtype)
         total = votes.sum(1)
         part = (probabilities / total.clamp_min(torch.finfo(z.dtype).tiny)).clamp_max(1)
         shares = votes * part.unsqueeze(1)
         return shares, probabilities - shares.sum(1)
+
+    @torch.no_grad()
+    def outlier_scores(self, z: Tensor, *, kind: OutlierScore = "cosine", k: int = 50) -> Tensor:
+        """How unlike the stored samples embeddings are; the higher the less like.
+
+        Args:
+            z: (B, d) embeddings.
+            kind: ``"cosine"``, the distance to the k-th nearest of all embeddings scaled to unit length (deep nearest
+                neighbours, Sun et al. 2022); ``"distance"``, that in the head's own metric; ``"density"``, minus the
+                logarithm of the sum of Gaussian kernels of the k nearest, of the automatic width.
+            k: of the k-th nearest; all where fewer are stored.
+
+        Returns:
+            (B,); infinite where nothing is stored.
+        """
+        z = self._embed(self._check(z)).to(self.memory.keys.dtype)
+        return outlier_scores(z, self.memory.all_keys(), kind, k, self.metric)
 
     @abstractmethod
     def _log_weights(self, z: Tensor, rows: Tensor) -> Tensor:
