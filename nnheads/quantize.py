@@ -9,9 +9,11 @@ quantization" (2013).
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, ParamSpec, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -24,6 +26,20 @@ MIN_BYTES, MAX_BYTES = 4, 64
 _CHUNK_NUMBERS = 2**24  # floats held at once beside the result, 64 MB
 
 _log = logging.getLogger(__name__)
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _full_precision(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Products in the tensors' own precision also under autocast, under which memories are refreshed."""
+
+    @functools.wraps(method)
+    def precise(*args: _P.args, **options: _P.kwargs) -> _R:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return method(*args, **options)
+
+    return precise
 
 
 @final
@@ -47,6 +63,7 @@ class ProductQuantizer:
     mean: Tensor | None = None
 
     @classmethod
+    @_full_precision
     def fit(
         cls,
         keys: Tensor,
@@ -153,6 +170,7 @@ class ProductQuantizer:
         return ProductQuantizer.from_state({name: tensor.to(device) for name, tensor in self.state().items()})
 
     @torch.no_grad()
+    @_full_precision
     def encode(self, keys: Tensor) -> Tensor:
         """The codes of embeddings.
 
@@ -176,6 +194,7 @@ class ProductQuantizer:
         return torch.cat(codes)
 
     @torch.no_grad()
+    @_full_precision
     def decode(self, codes: Tensor) -> Tensor:
         """The embeddings that codes stand for.
 
@@ -195,12 +214,14 @@ class ProductQuantizer:
         return decoded if self.mean is None else decoded + self.mean
 
     @torch.no_grad()
+    @_full_precision
     def decode_turned(self, codes: Tensor) -> Tensor:
         """Codes (N, bytes_per_row) as points (N, M * p) of the space of the codebooks, see `turn`; float32."""
         part = torch.arange(self.parts, device=codes.device)
         return self.codebooks.float()[part, self._unpack(codes)].flatten(1)
 
     @torch.no_grad()
+    @_full_precision
     def turn(self, keys: Tensor) -> Tensor:
         """Embeddings (N, d) centered, rotated and spread over the parts, (N, M * p) float32.
 
@@ -210,6 +231,7 @@ class ProductQuantizer:
         return self._turn(keys)
 
     @torch.no_grad()
+    @_full_precision
     def adc_distances(self, queries: Tensor, codes: Tensor) -> Tensor:
         """Squared Euclidean distances from exact queries to decoded codes, by table look-up (asymmetric distances).
 

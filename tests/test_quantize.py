@@ -207,3 +207,14 @@ def test_mistakes_are_named() -> None:
         ProductQuantizer.from_state({"width": torch.tensor(32)})
     with pytest.raises(CheckpointError, match="fit together"):
         ProductQuantizer.from_state({**quantizer.state(), "width": torch.tensor(33)})
+
+
+def test_autocast_changes_nothing() -> None:
+    keys = embeddings()
+    plain = fit(keys, 8, rotation="pca:16")
+    with torch.autocast("cpu", torch.bfloat16):
+        under = fit(keys, 8, rotation="pca:16")
+        codes, decoded = under.encode(keys), under.decode(under.encode(keys))
+    assert all(torch.equal(tensor, under.state()[name]) for name, tensor in plain.state().items())
+    assert torch.equal(codes, plain.encode(keys))
+    assert torch.equal(decoded, plain.decode(codes))
