@@ -9,6 +9,8 @@ from ..coding import ROTATION, Coding
 from ..errors import ConfigError
 from ..quantize import MAX_BYTES, MIN_BYTES
 from .base import positive
+from .memory_head import MemoryHead
+from .registry import build_head
 
 
 def coding_of(
@@ -51,3 +53,25 @@ def coding_of(
     except (ConfigError, AttributeError) as error:
         raise ConfigError(f"head {head!r}: {error}") from None
     return Coding(bytes_per_center, rotation, code_bits)
+
+
+def compressed_head(
+    head: MemoryHead, bytes_per_center: int = 16, *, rotation: str = ROTATION, code_bits: Literal[4, 8] = 8
+) -> MemoryHead:
+    """A trained head's twin that holds the same centers compressed.
+
+    ``model = attach_head(model, compressed_head(model.head))`` puts it on the model. Labels, weights and the width of
+    the kernel are those of the head given, which is left as it is.
+
+    Args:
+        head: one with the option ``bytes_per_center``.
+        bytes_per_center, rotation, code_bits: see `coding_of`.
+
+    Raises:
+        ConfigError: a head that does not compress its centers, or a value that cannot work.
+    """
+    options = {"bytes_per_center": bytes_per_center, "rotation": rotation, "code_bits": code_bits}
+    twin = build_head(head.name, head.in_features, head.num_classes, **{**head.config(), **options})
+    assert isinstance(twin, MemoryHead)
+    twin.to(head.memory.keys.device).load_state_dict(head.state_dict())
+    return twin.train(head.training)
