@@ -92,6 +92,7 @@ RECIPES: dict[str, Recipe] = {
     "fmnist": Recipe("convnet", 10, 128, 0.003, "crop-flip"),
     "cifar10": Recipe("resnet9", 10, 128, 0.003, "crop-flip"),
     "cifar100": Recipe("resnet9", 15, 256, 0.003, "crop-flip"),
+    "svhn": Recipe("resnet9", 3, 128, 0.003, "crop"),
     "core50": Recipe("resnet9", 5, 128, 0.003, "crop-flip"),
     "cifar110": Recipe("resnet9", 15, 256, 0.003, "crop-flip"),
 }

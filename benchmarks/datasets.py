@@ -26,6 +26,7 @@ from nnheads.benchmarks.folders import (
     has_class_folders,
     list_classes,
 )
+from nnheads.benchmarks.svhn import load_svhn
 from nnheads.data import ImageSet, Preprocessing, stratified_split
 from nnheads.errors import ConfigError, DataError, unknown_name
 from nnheads.storage import cache_root
@@ -88,6 +89,7 @@ DATASETS: dict[str, DatasetFacts] = {
         _facts("digits", "load_digits", "", 10, 8, (0.3055,), (0.3759,)),
         _facts("mnist", "MNIST", "MNIST/raw", 10, 28, (0.1307,), (0.3081,)),
         _facts("fmnist", "FashionMNIST", "FashionMNIST/raw", 10, 28, (0.2860,), (0.3530,)),
+        _facts("svhn", "SVHN", "", 10, 32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
         _facts("cifar10", "CIFAR10", "cifar-10-batches-py", 10, 32, *_CIFAR10),
         _facts("cifar100", "CIFAR100", "cifar-100-python", 100, 32, *_CIFAR100),
         # CIFAR-10's classes are 0..9, CIFAR-100's 10..109
@@ -165,6 +167,8 @@ def load_images(
     facts = _known(name)
     if name == "digits":
         images = _digits(train)
+    elif name == "svhn":
+        images = load_svhn(data_dir, cache_root(), train=train)
     elif name == "core50":
         root = find_core50(data_dir, cache_root())
         images = load_core50(root, facts.preprocessing, train=train, progress=progress)

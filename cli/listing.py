@@ -140,7 +140,9 @@ def _datasets() -> list[dict[str, Any]]:
     for facts in DATASETS.values():
         height, width = facts.preprocessing.size
         colour = "grey" if facts.preprocessing.channels == 1 else "RGB"
-        source = "bundled with scikit-learn" if facts.name == "digits" else "downloaded on first use"
+        source = "read from --data-dir" if facts.name in ("core50", "svhn") else "downloaded on first use"
+        if facts.name == "digits":
+            source = "bundled with scikit-learn"
         form = f"{height} x {width} {colour}"
         title = "handwritten digits" if facts.name == "digits" else facts.title
         rows.append({"name": facts.name, "classes": facts.classes, "images": form, "description": f"{title}, {source}"})

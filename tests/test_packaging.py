@@ -40,6 +40,7 @@ LAYERS: list[list[str]] = [
     [
         "nnheads.benchmarks.folders",
         "nnheads.benchmarks.core50",
+        "nnheads.benchmarks.svhn",
         "nnheads.benchmarks.specs",
         "nnheads.benchmarks.measures",
         "nnheads.benchmarks.locks",

@@ -426,3 +426,24 @@ def test_pictures_are_drawn_from_the_file_alone(tmp_path: Path) -> None:
         assert made is not None
         assert made.stat().st_size > 1000
         assert draw(_toy(), table, [], tmp_path / "none.png") is None
+
+
+def test_svhn_is_read_as_its_authors_offer_it(tmp_path: Path) -> None:
+    from scipy.io import savemat
+
+    from nnheads.benchmarks.datasets import load_dataset
+
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (32, 32, 3, 4), generator=generator, dtype=torch.uint8)
+    for part in ("train", "test"):
+        savemat(
+            tmp_path / f"{part}_32x32.mat", {"X": pixels.numpy(), "y": torch.tensor([[10], [1], [2], [10]]).numpy()}
+        )
+    data = load_dataset("svhn", tmp_path)
+    assert data.train.labels.tolist() == [0, 1, 2, 0]
+    assert torch.equal(data.train.images[2], pixels[..., 2].permute(2, 0, 1))
+    (tmp_path / "test_32x32.mat").write_bytes(b"no matrix")
+    with pytest.raises(DataError, match="fetch it again"):
+        load_dataset("svhn", tmp_path)
+    with pytest.raises(DataError, match=r"put train_32x32\.mat and test_32x32\.mat into"):
+        load_dataset("svhn", tmp_path.parent)
