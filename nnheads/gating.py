@@ -81,7 +81,7 @@ def sweep_threshold(
     head = model.gated_head()
     z, y, _ = embed(model, data, batch_size=batch_size, device=device, precision=precision)
     with evaluating(model):
-        found = head.verdicts(z.to(model.device), y.to(model.device))
+        (found,) = head.verdicts(z.to(model.device), y.to(model.device))
     if thresholds is None:
         shares = [round(len(y) * tenth / 10) for tenth in range(11)]
         thresholds = [*(found.threshold_for(share) for share in shares), float(head.gate.threshold)]

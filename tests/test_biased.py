@@ -326,16 +326,17 @@ def test_the_projector_does_not_teach_the_backbone() -> None:
 
 
 def test_threshold_is_the_lowest_within_the_tolerance() -> None:
-    gate = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
-    network_right = torch.ones(10, dtype=torch.bool)
-    first = torch.tensor([1, 1, 0, 1, 1, 0, 0, 0, 0, 0]).bool()
+    gate = torch.linspace(0.9, 0, 1000)
+    network_right = torch.ones(1000, dtype=torch.bool)
+    first = torch.ones(1000, dtype=torch.bool)
+    first[200:300], first[500:] = False, False
     found = Verdicts(gate, first, network_right, network_right)
-    for tolerance, skipped in ((0.0, 2), (0.1, 5), (0.2, 6), (1.0, 10)):
+    for tolerance, skipped in ((0.0, 200), (0.11, 500), (0.2, 587), (1.0, 1000)):
         head = BiasedHead(4, 2, tolerance=tolerance)
-        head.gate.choose(found)
+        head.gate.choose({1.0: found})
         assert int((gate >= head.gate.threshold).sum()) == skipped
     head = BiasedHead(4, 2, tolerance=0.0)
-    head.gate.choose(Verdicts(torch.full((10,), 0.5), first, network_right, network_right))
+    head.gate.choose({2.0: Verdicts(torch.full((1000,), 0.5), first, network_right, network_right)})
     assert float(head.gate.threshold) == math.inf  # all skip or none
 
 

@@ -44,7 +44,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "impostor-codes-tied": ("impostor", {"k": 8, "centers": "tied", "bytes_per_center": 8, "rotation": "pca:12"}),
     "impostor-codes-fixed": ("impostor", {"centers": "fixed", "sigma": "learned", "bytes_per_center": 8}),
     "biased-few": ("biased", {"k": 5, "per_class": 8, "normalize": True, "holdout": 0.3}),
-    "biased-threshold": ("biased", {"k": 4, "threshold": 0.5, "gate_sigma": "auto", "per_class": None}),
+    "biased-threshold": ("biased", {"k": 4, "threshold": 0.5, "gate_sigma": 0.3, "per_class": None}),
     "knn-torch": ("knn", {"k": 5, "engine": "torch"}),
     "nngk-faiss": ("nngk", {"k": 6, "engine": "faiss"}),
 }

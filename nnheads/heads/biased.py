@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
+from ..functional import squared_distances
 from .base import positive
 from .dense_objective import DenseObjective
 from .evidence import Neighbors
-from .gate import Gate, Verdicts, held_out
+from .gate import SHARPNESS, Gate, Verdicts, held_out
 from .projectors import build_projector
 from .registry import register_head
-from .regression import RegressionHead
+from .regression import Near, RegressionHead
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,18 @@ class BiasedHead(RegressionHead):
     """Kernel regression where a gate trusts it, the rest of the network elsewhere (review, equation 14).
 
     ``h = f1(x)``, ``phi = p(h)``, ``z1 = sum_i z_i k(phi, phi_i) / sum_i k(phi, phi_i)`` over the k nearest stored
-    phi_i, ``z2 = f2(h)``, ``g = mean_i k_g(phi, phi_i)`` with a width of its own, ``z = g z1 + (1 - g) z2``,
+    phi_i, ``z2 = f2(h)``, g a mean kernel with a width of its own, ``z = g z1 + (1 - g) z2``,
     ``y = clf(z)``. In evaluation rows with g at or above the threshold have ``z = z1``, and a model cut in two by
     ``attach_head(model, "biased", at=...)`` does not run f2 on them.
 
     The network is trained first, by the cross-entropy of ``clf(z2)``, as with a dense head; beside it the projector by
-    the cross-entropy of a linear layer, whose gradient stops at h. Then, with f1, f2 and clf frozen, `gate_loss` trains
-    projector and gate (`nnheads.fit_gate`; `nnheads.fit` ends with it). The gate earns its trust: g is trained to be
-    the probability that z1 is answered as the whole network would answer, which is what skipping f2 puts at risk; the
-    gradient reaches the projector, which pulls samples towards their neighbours where these know the answer and away
-    where they do not. At each refresh the threshold is chosen on samples that taught neither projector nor gate: the
-    lowest at which accuracy falls by no more than ``tolerance``.
+    the cross-entropy of a linear layer, whose gradient stops at h. Then, with f1, f2 and clf frozen, `gate_loss` goes
+    on training the projector, and the gate (`nnheads.fit_gate`; `nnheads.fit` ends with it). The gate earns its trust:
+    g is trained to be the probability that z1 is answered as the whole network would answer, which is what skipping f2
+    puts at risk. Its kernel compares codes, the roots of the class probabilities of the projector's linear layer (see
+    `Gate`). Its gradient does not reach the projector, which it would make a worse classifier. At each refresh, on
+    samples that taught neither projector nor gate, the exponent and the threshold of g are chosen with which
+    most samples skip while accuracy falls, with a standard error, by no more than ``tolerance``.
 
     Embeddings (B, in_features) are phi and z2 side by side. Without a projector both are the whole embedding: the head
     works on any backbone, and there is nothing to skip. Classes that the classifier was not trained on are answered by
@@ -65,7 +67,7 @@ class BiasedHead(RegressionHead):
         dim: width of the projection where the projector is a module.
         k: number of neighbours.
         sigma: width of the regression's kernel: a number or ``"auto"``, chosen at each refresh.
-        gate_sigma: width of the gate's kernel: ``"learned"``, ``"auto"`` or a number.
+        gate_sigma: width of the gate's kernel: ``"learned"`` or a number; codes are at most the root of 2 apart.
         threshold: g from which f2 is skipped, above 1 for never; ``"auto"`` chooses it at each refresh.
         tolerance: accuracy that may be lost to skipping, as a share, for ``threshold="auto"``.
         per_class: samples of each class that a refresh keeps as centers; None keeps all.
@@ -88,7 +90,7 @@ class BiasedHead(RegressionHead):
         dim: int | None = None,
         k: int = 16,
         sigma: float | Literal["auto"] = "auto",
-        gate_sigma: float | Literal["auto", "learned"] = "learned",
+        gate_sigma: float | Literal["learned"] = "learned",
         threshold: float | Literal["auto"] = "auto",
         tolerance: float = 0.005,
         per_class: int | None = 200,
@@ -125,7 +127,7 @@ class BiasedHead(RegressionHead):
             "projector": self.spec,
             "k": self.k,
             "sigma": self.width.sigma,
-            "gate_sigma": self.gate.width.sigma,
+            "gate_sigma": self.gate.sigma,
             "threshold": self.gate.option,
             "tolerance": self.gate.tolerance,
             "per_class": self.per_class,
@@ -168,11 +170,11 @@ class BiasedHead(RegressionHead):
             return loss + self._auxiliary_loss(z, y, held_out(given, len(z), self.gate.holdout))
 
     def gate_loss(self, z: Tensor, y: Tensor, *, ids: Tensor | None = None) -> Tensor:
-        """What teaches projector and gate once the network is trained; needs a filled memory.
+        """What teaches projector and gate once the network is trained; the gate needs a filled memory.
 
-        The cross-entropy of the projector's linear layer; the divergence of ``clf(z1)`` from the network's answer
-        ``clf(z2)``; and the binary cross-entropy of g with whether the two name the same class. Samples that are held
-        out (by id) are left out. Centers of the batch's samples move to their new projections.
+        The cross-entropy of the projector's linear layer, and the binary cross-entropy of the mean kernel with whether
+        ``clf(z1)`` and the network's answer ``clf(z2)`` name the same class. Samples that are held out (by id) are left
+        out. Centers of the batch's samples move to their new projections.
         """
         z = self._check(z)
         self._check_labels(y, len(z))
@@ -184,16 +186,14 @@ class BiasedHead(RegressionHead):
             teaches = ~out
             if not len(self.memory) or not bool(teaches.any()):
                 return loss
-            phi = self._embed(z)
-            z1, g, _ = self._regression(phi, given)
-            network = self.classifier.layer(self._second(z)).detach().log_softmax(-1)[teaches]
-            first = self.classifier.layer(z1).log_softmax(-1)[teaches]
-            agrees = (first.argmax(-1) == network.argmax(-1)).to(g.dtype)
-            imitation = F.kl_div(first, network, reduction="batchmean", log_target=True)
-            trust = F.binary_cross_entropy(g[teaches].clamp(1e-6, 1 - 1e-6), agrees)
+            phi = self._embed(z).detach()
+            near = self._near(phi, given)
+            network = self.classifier.layer(self._second(z)).argmax(-1)
+            agrees = (self.classifier.layer(near.regressed).argmax(-1) == network).to(z.dtype)
+            trust = self.gate.mean_kernel(self._code_distances(phi, near), near.valid)
             if self.training:
                 self._track(phi, given)
-            return loss + imitation + trust
+            return loss + F.binary_cross_entropy(trust.clamp(1e-6, 1 - 1e-6)[teaches], agrees[teaches])
 
     def _auxiliary_loss(self, z: Tensor, y: Tensor, out: Tensor) -> Tensor:
         if self.auxiliary is None or bool(out.all()):
@@ -215,11 +215,6 @@ class BiasedHead(RegressionHead):
             self.auxiliary.widen(self.num_classes)
 
     @torch.no_grad()
-    def choose_widths(self) -> None:
-        super().choose_widths()
-        self.gate.width.choose(self._stored_distances(), len(self.memory))
-
-    @torch.no_grad()
     def calibrate(self, z: Tensor, y: Tensor, ids: Tensor | None = None) -> None:
         """Choose the gate's threshold on samples, where it is automatic.
 
@@ -236,31 +231,40 @@ class BiasedHead(RegressionHead):
             out = held_out(given, len(z), self.gate.holdout)
             if int(out.sum()) >= min(100, len(z)):
                 z, y, given = z[out], y[out], given[out]
-        self.gate.choose(self.verdicts(z, y, given))
+        found = self.verdicts(z, y, given, sharpness=SHARPNESS)
+        self.gate.choose(dict(zip(SHARPNESS, found, strict=True)))
 
     @torch.no_grad()
-    def verdicts(self, z: Tensor, y: Tensor, ids: Tensor | None = None) -> Verdicts:
+    def verdicts(
+        self, z: Tensor, y: Tensor, ids: Tensor | None = None, *, sharpness: Sequence[float] = ()
+    ) -> list[Verdicts]:
         """The gate's value for samples, and who answers them right: regression, mixture, network.
 
         Args:
             z: (n, in_features) embeddings.
             y: (n,) labels.
             ids: (n,) or (n, m) ids of samples that are stored, each of which is judged without itself; None for others.
+            sharpness: exponents of g to try; the gate's own by default.
+
+        Returns:
+            One for each exponent.
         """
-        right, gates = [], []
         given = self._check_ids(ids, len(z))
+        exponents = tuple(sharpness) or (float(self.gate.sharpness),)
+        parts: list[list[Tensor]] = [[] for _ in exponents]
         with torch.autocast(z.device.type, enabled=False):
             for part in torch.arange(len(z), device=z.device).split(1024):
-                phi, z2 = (
-                    self._embed(z[part].to(self.memory.keys.dtype)),
-                    self._second(z[part]).to(self.memory.keys.dtype),
-                )
-                z1, g, votes = self._regression(phi, given[part] if given is not None else None)
-                mixed = torch.lerp(z2, z1, g.unsqueeze(-1))
-                answers = [self._answer(each, votes).argmax(-1) == y[part] for each in (z1, mixed, z2)]
-                right.append(torch.stack(answers, 1))
-                gates.append(g)
-        return Verdicts(torch.cat(gates), *torch.cat(right).unbind(1))
+                own = given[part] if given is not None else None
+                phi, z2 = (each.to(self.memory.keys.dtype) for each in (self._embed(z[part]), self._second(z[part])))
+                near = self._near(phi, own)
+                mean = self.gate.mean_kernel(self._code_distances(phi, near), near.valid)
+                first, network = (self._answer(each, near.votes).argmax(-1) == y[part] for each in (near.regressed, z2))
+                for place, exponent in enumerate(exponents):
+                    g = mean**exponent
+                    mixed = self._answer(torch.lerp(z2, near.regressed, g.unsqueeze(-1)), near.votes).argmax(-1)
+                    parts[place].append(torch.stack([g, first.to(g), (mixed == y[part]).to(g), network.to(g)], 1))
+        found = [torch.cat(each) for each in parts]
+        return [Verdicts(each[:, 0], *each[:, 1:].bool().unbind(1)) for each in found]
 
     # ---- answering -----------------------------------------------------------------------------------------------
 
@@ -327,9 +331,20 @@ class BiasedHead(RegressionHead):
     def _regression(self, phi: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """z1 (B, d), gate (B,) and class shares (B, C) of the neighbours of projections (B, projected)."""
         near = self._near(phi, ids)
-        if self.training:
-            self.gate.width.follow(near.sq_distances.detach(), near.valid)
-        return near.regressed, self.gate(near.sq_distances, near.valid), near.votes
+        return near.regressed, self.gate(self._code_distances(phi, near), near.valid), near.votes
+
+    def _code_distances(self, phi: Tensor, near: Near) -> Tensor:
+        """(B, k) squared distances of the codes of projections to those of their neighbours."""
+        return squared_distances(self._codes(phi), self._codes(near.keys))
+
+    def _codes(self, phi: Tensor) -> Tensor:
+        """(..., projected) -> (..., C), roots of the class probabilities that the projection alone would give."""
+        own = self.auxiliary or self.classifier
+        logits: Tensor = own.layer(phi)
+        if bool(own.seen.any()):
+            logits = logits.masked_fill(~own.seen, -1e4)
+        # The root's gradient at 0 is infinite.
+        return logits.softmax(-1).clamp_min(1e-8).sqrt()
 
     def _answer(self, z: Tensor, votes: Tensor) -> Tensor:
         """Log-probabilities of the classes with stored samples, from the classifier or, where it knows none, votes."""

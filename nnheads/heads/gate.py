@@ -1,8 +1,9 @@
-"""The gate of the biased network: how far to trust a kernel regression, and from where on to rely on it alone."""
+"""The gate of the biased head: how far to trust a kernel regression, and from where on to rely on it alone."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -10,35 +11,44 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .base import positive
-from .width import Width
+from .base import one_of, positive
 
 
 @final
 class Gate(nn.Module):
-    """``g = mean_i k(phi, phi_i)`` with a Gaussian kernel of its own width (review, equation 14), and its threshold.
+    """``g = (mean_i k(c, c_i))^sharpness`` with a Gaussian kernel of its own width, and the threshold of g.
+
+    c are codes of the projections, the square roots of class probabilities: their distance (Hellinger's, up to a
+    factor) vanishes among samples that are surely of one class and grows where neighbours are of many minds. The
+    density of the projections themselves, equation 14 of the review to the letter, says little about who is right.
 
     Args:
-        sigma: width: a number, ``"auto"`` or ``"learned"``. The automatic width gives half of the stored samples a g of
-            about a half or more.
+        sigma: width: a number, or ``"learned"``.
         threshold: a number, or ``"auto"``.
         tolerance: share of accuracy that an automatic threshold may cost.
         holdout: share of the samples, by id, that are kept for choosing the threshold.
 
     Attributes:
         threshold: g from which the regression alone answers; infinite until it is chosen.
+        sharpness: exponent of g. It leaves the order of samples as it is and keeps the mixture from harm by neighbours
+            that are only half trusted.
     """
 
     threshold: Tensor
+    sharpness: Tensor
 
     def __init__(
         self,
-        sigma: float | Literal["auto", "learned"],
+        sigma: float | Literal["learned"],
         threshold: float | Literal["auto"],
         tolerance: float,
         holdout: float,
     ) -> None:
         super().__init__()
+        if isinstance(sigma, str):
+            one_of("biased", "gate_sigma", sigma, ("learned",))
+        else:
+            positive("biased", "gate_sigma", sigma)
         if isinstance(threshold, str) and threshold != "auto":
             raise ConfigError(f"head 'biased': threshold must be a number or auto, got {threshold!r}")
         if not isinstance(threshold, str):
@@ -46,25 +56,54 @@ class Gate(nn.Module):
         positive("biased", "tolerance", tolerance, zero=True)
         if not 0 <= holdout < 1:
             raise ConfigError(f"head 'biased': holdout must be 0 or more and below 1, got {holdout!r}")
+        self.sigma = sigma
         self.option: float | Literal["auto"] = threshold
         self.tolerance = tolerance
         self.holdout = holdout
-        self.width = Width("biased", sigma, rule=half_sigma)
+        log_sigma = torch.tensor(math.log(_FIRST_SIGMA if isinstance(sigma, str) else sigma))
+        if isinstance(sigma, str):
+            self.log_sigma = nn.Parameter(log_sigma)
+        else:
+            self.register_buffer("log_sigma", log_sigma)
         self.register_buffer("threshold", torch.tensor(math.inf if isinstance(threshold, str) else float(threshold)))
+        self.register_buffer("sharpness", torch.ones(()))
 
-    def forward(self, sq_distances: Tensor, valid: Tensor) -> Tensor:
-        """g (B,) from squared distances (B, k) to the neighbours; 0 where there are none."""
-        sigma = self.width()
-        kernels: Tensor = (sq_distances / (-2 * sigma * sigma)).exp() * valid
+    def mean_kernel(self, sq_distances: Tensor, valid: Tensor) -> Tensor:
+        """(B,) mean kernel from squared distances (B, k) of the codes; 0 where there are no neighbours."""
+        kernels: Tensor = (sq_distances * (-0.5 * (-2 * self.log_sigma).exp())).exp() * valid
         return kernels.sum(-1) / valid.sum(-1).clamp_min(1)
 
+    def forward(self, sq_distances: Tensor, valid: Tensor) -> Tensor:
+        """g (B,) from squared distances (B, k) of the codes; 0 where there are no neighbours."""
+        mean = self.mean_kernel(sq_distances, valid)
+        # At 0 the gradient of a power is 0 times infinity.
+        return mean.clamp_min(1e-12) ** self.sharpness * (mean > 0)
+
     @torch.no_grad()
-    def choose(self, found: Verdicts) -> None:
-        """Choose the lowest threshold that costs no more than the tolerance."""
-        skipped, accuracy = found.accuracy_by_skipped()
-        fine = accuracy >= found.network.double().mean() - self.tolerance - 1e-9
-        most = int(skipped[fine].max()) if bool(fine.any()) else 0
-        self.threshold.fill_(found.threshold_for(most))
+    def choose(self, found: Mapping[float, Verdicts]) -> None:
+        """Choose the exponent and the threshold with which most samples skip for no more than the tolerance.
+
+        What is lost is known from so many samples only: with its standard error it must be within the tolerance.
+
+        Args:
+            found: the verdicts for each exponent; of equals the highest exponent is taken.
+        """
+        most = {exponent: self._most_skipped(each) for exponent, each in found.items()}
+        exponent = max(found, key=lambda each: (most[each], each))
+        self.sharpness.fill_(exponent)
+        self.threshold.fill_(found[exponent].threshold_for(most[exponent]))
+
+    def _most_skipped(self, found: Verdicts) -> int:
+        skipped, lost, error = found.lost_by_skipped()
+        fine = lost + error <= self.tolerance + 1e-9
+        return int(skipped[fine].max()) if bool(fine.any()) else 0
+
+
+_FIRST_SIGMA = 0.5
+"""Codes of two certain and different classes are the root of 2 apart."""
+
+SHARPNESS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+"""Exponents that are tried."""
 
 
 @dataclass(frozen=True)
@@ -83,21 +122,25 @@ class Verdicts:
     mixed: Tensor
     network: Tensor
 
-    def accuracy_by_skipped(self) -> tuple[Tensor, Tensor]:
-        """Accuracy for every number of samples that may skip, those with the highest g first.
+    def lost_by_skipped(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What skipping costs, for every number of samples that may skip, those with the highest g first.
 
         Returns:
-            Numbers of skipped samples (m,) that a threshold can separate, 0 and n among them, rising, and the
-            accuracies (m,) float64.
+            Numbers of skipped samples (m,) that a threshold can separate, 0 and n among them, rising; the accuracy lost
+            against the network (m,), a share, and its standard error (m,), both float64.
         """
         order = self.gate.argsort(descending=True, stable=True)
-        gain = (self.first[order].double() - self.mixed[order].double()).cumsum(0)
-        right = torch.cat([gain.new_zeros(1), gain]) + self.mixed.double().sum()
-        ordered = self.gate[order]
-        separable = torch.ones(len(order) + 1, dtype=torch.bool, device=order.device)
-        separable[1:-1] = ordered[1:] < ordered[:-1]
+        network = self.network[order].double()
+        by_first, by_mixed = network - self.first[order].double(), network - self.mixed[order].double()
         count = torch.arange(len(order) + 1, device=order.device)
-        return count[separable], (right / max(1, len(order)))[separable]
+        total = max(1, len(order))
+        lost = _sums(by_first, by_mixed) / total
+        # The square of a difference of two verdicts is whether they differ.
+        error = ((_sums(by_first.abs(), by_mixed.abs()) / total - lost.square()).clamp_min(0) / total).sqrt()
+        ordered = self.gate[order]
+        separable = torch.ones_like(count, dtype=torch.bool)
+        separable[1:-1] = ordered[1:] < ordered[:-1]
+        return count[separable], lost[separable], error[separable]
 
     def threshold_for(self, skipped: int) -> float:
         """The threshold at which so many of the samples skip (more where several share the last value of g)."""
@@ -111,10 +154,9 @@ class Verdicts:
         return float(between if bool(between > following) else last)
 
 
-def half_sigma(sq_distances: Tensor) -> Tensor:
-    """Width at which the median of the mean squared distances (n, k) has a kernel of one half; 1 where all are 0."""
-    middle = sq_distances.mean(-1).median()
-    return torch.where(middle > 0, middle / (2 * math.log(2)), torch.ones_like(middle)).sqrt()
+def _sums(head: Tensor, tail: Tensor) -> Tensor:
+    """(n + 1,) sums of the first i values of ``head`` and the others of ``tail``, for i from 0 to n."""
+    return torch.cat([head.new_zeros(1), (head - tail).cumsum(0)]) + tail.sum()
 
 
 def held_out(ids: Tensor | None, batch: int, share: float) -> Tensor:

@@ -22,13 +22,13 @@ class Near:
     """What the neighbours of a batch say.
 
     Attributes:
-        sq_distances: (B, k) squared distances of the projections.
+        keys: (B, k, projected) their projections.
         valid: (B, k) False in empty slots.
         regressed: (B, d) weighted mean of the vectors stored with the neighbours.
         votes: (B, C) share of each class in the weights.
     """
 
-    sq_distances: Tensor
+    keys: Tensor
     valid: Tensor
     regressed: Tensor
     votes: Tensor
@@ -160,12 +160,13 @@ class RegressionHead(MemoryHead):
         """The neighbours of projections (B, projected) and what they say; own centers left out."""
         rows = self._search(phi, ids, self.k)
         valid, held = rows >= 0, rows.clamp_min(0)
-        sq = squared_distances(phi, self.memory.keys[held])
+        keys = self.memory.keys[held]
+        sq = squared_distances(phi, keys)
         if self.training:
             self.width.follow(sq.detach(), valid)
         weights = kernel_log_weights(sq, self._current_width(), valid).exp() * valid
         regressed = torch.einsum("bk,bkd->bd", weights, self.memory.column("z")[held])
-        return Near(sq, valid, regressed, torch.einsum("bk,bkc->bc", weights, self.memory.values_at(rows)))
+        return Near(keys, valid, regressed, torch.einsum("bk,bkc->bc", weights, self.memory.values_at(rows)))
 
     def _log_weights(self, z: Tensor, rows: Tensor) -> Tensor:
         sq = squared_distances(z, self.memory.keys[rows.clamp_min(0)])

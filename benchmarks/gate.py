@@ -1,0 +1,327 @@
+"""The gated biased network against the dense network it was made of; ``python -m nnheads.benchmarks.gate``.
+
+A dense network is trained (or loaded with ``--dense``) without some held-out images; a gate is trained on it with
+``nnheads.fit_gate`` on the same images, and its threshold chosen on those held out. Then: the share of test images that
+skip the second part, what that costs and saves, the sweep of the threshold, and how well a low g tells other data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnheads.attach import attach_head
+from nnheads.backbones import build_backbone
+from nnheads.benchmarks.datasets import ImageData, load_dataset
+from nnheads.benchmarks.plots import save_figure
+from nnheads.benchmarks.results import device_name, versions, write_json
+from nnheads.data import ImageSet
+from nnheads.errors import ConfigError
+from nnheads.gating import count_flops, sweep_threshold
+from nnheads.headed import HeadedModel, evaluating
+from nnheads.io import load, save
+from nnheads.training import embed, evaluate, fit, fit_gate
+
+OTHER = 2000
+"""Images of each data set that the gate's values are compared on."""
+
+RECIPE: dict[str, Any] = {
+    "optimizer": "adamw",
+    "lr": 3e-3,
+    "weight_decay": 0.05,
+    "augment": "crop-flip",
+    "batch_size": 128,
+}
+
+
+def parts(data: ImageSet, held_out: int, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Images to train on, and those that nothing is trained on; the same ones for the same seed."""
+    if not 0 < held_out < len(data):
+        raise ConfigError(f"--held-out must be above 0 and below the {len(data)} training images, got {held_out}")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    return data.subset(order[held_out:]), data.subset(order[:held_out])
+
+
+def train_dense(
+    data: ImageData, train: ImageSet, *, backbone: str = "resnet9", epochs: int = 3, seed: int = 0
+) -> HeadedModel:
+    """The plain dense network."""
+    torch.manual_seed(seed)
+    model = attach_head(build_backbone(backbone, len(data.train.class_names), data.train.images.shape[1]), "dense")
+    fit(model, train, epochs=epochs, seed=seed, progress=False, **RECIPE)
+    return model
+
+
+def measure(
+    data: ImageData,
+    dense: HeadedModel,
+    gated: HeadedModel,
+    *,
+    batch_sizes: Sequence[int] = (128, 512),
+    rounds: int = 5,
+) -> dict[str, Any]:
+    """Accuracy, share skipped, operations and time of both networks.
+
+    Args:
+        data: its test images count.
+        dense: the plain network.
+        gated: what ``fit_gate`` made of it.
+        batch_sizes: of whole batches that are timed.
+        rounds: the networks take turns; medians are reported.
+    """
+    x = _prepared(gated, data.test.images[:2])
+    flops = count_flops(gated, x)
+    head = gated.gated_head()
+    plain, own = evaluate(dense, data.test), evaluate(gated, data.test)
+    skipped = _gates(gated, data.test.images) >= head.gate.threshold
+    sweep = sweep_threshold(gated, data.test, timed_batches=2, rounds=2, precision="float32")
+    return {
+        "flops": {**asdict(flops), "share_of_f2": flops.second / (flops.first + flops.second)},
+        "dense_accuracy": plain.accuracy,
+        "accuracy": own.accuracy,
+        "points_lost": 100 * (plain.accuracy - own.accuracy),
+        "skipped": float(skipped.double().mean()),
+        "accuracy_where_skipped": _accuracy(own.predictions, own.labels, skipped),
+        "dense_accuracy_where_skipped": _accuracy(plain.predictions, plain.labels, skipped),
+        "threshold": _finite(float(head.gate.threshold)),
+        "sharpness": float(head.gate.sharpness),
+        "gate_sigma": float(head.gate.log_sigma.detach().exp()),
+        "centers": len(head.memory),
+        "memory_bytes": head.memory.bytes,
+        "time": [_time_ratio(dense, gated, data.test.images, size, rounds) for size in batch_sizes],
+        "sweep": {
+            "network_accuracy": sweep.network_accuracy,
+            "network_ms_per_sample": sweep.network_ms_per_sample,
+            "points": [{**asdict(p), "threshold": _finite(p.threshold)} for p in sweep.points],
+        },
+    }
+
+
+def unexpected(dense: HeadedModel, gated: HeadedModel, test: ImageSet, data_dir: Path | None) -> list[dict[str, Any]]:
+    """How well a low g, and a low probability of the likeliest class, tell other data from the test images.
+
+    Args:
+        dense: the plain network, whose likeliest probability is the rival score.
+        gated: the gated network.
+        test: images of the network's own data set.
+        data_dir: where the other data sets are; those that are missing are left out.
+
+    Returns:
+        For each: ``data``, ``images``, ``mean_gate``, ``skipped`` and the areas under the ROC curve ``auroc_gate``,
+        ``auroc_gated_probability`` and ``auroc_dense_probability``.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    def scores(images: Tensor) -> dict[str, Tensor]:
+        found = {"gate": _gates(gated, images)}
+        for name, model in (("gated_probability", gated), ("dense_probability", dense)):
+            labels = torch.zeros(len(images), dtype=torch.long)
+            answers = evaluate(model, ImageSet(images, labels, class_names=test.class_names))
+            found[name] = answers.log_probs.amax(1).exp()
+        return found
+
+    inside = scores(test.images)
+    rows = [{"data": "own test images", "images": len(test), **_gate_facts(gated, inside["gate"])}]
+    for name, images in _others(test, data_dir).items():
+        outside = scores(images)
+        truth = torch.cat([torch.ones(len(test)), torch.zeros(len(images))]).numpy()
+        areas = {
+            f"auroc_{score}": float(roc_auc_score(truth, torch.cat([inside[score], outside[score]]).double().numpy()))
+            for score in inside
+        }
+        rows.append({"data": name, "images": len(images), **_gate_facts(gated, outside["gate"]), **areas})
+    return rows
+
+
+def figure(found: dict[str, Any]) -> Any:
+    """Accuracy and time against the share of test images that skip."""
+    from matplotlib.figure import Figure
+
+    points = found["sweep"]["points"]
+    drawn = Figure(figsize=(8, 3.6), layout="constrained")
+    left, right = drawn.subplots(1, 2)
+    skipped = [100 * p["skipped"] for p in points]
+    left.plot(skipped, [100 * p["accuracy"] for p in points], marker="o")
+    left.axhline(100 * found["dense_accuracy"], color="grey", linestyle="--", label="dense network")
+    left.axvline(100 * found["skipped"], color="tab:orange", label="chosen threshold")
+    left.set(xlabel="test images that skip f2 (%)", ylabel="accuracy (%)")
+    left.legend()
+    ratios = [p["ms_per_sample"] / found["sweep"]["network_ms_per_sample"] for p in points]
+    right.plot(skipped, ratios, marker="o")
+    right.axhline(1, color="grey", linestyle="--", label="whole network")
+    right.axvline(100 * found["skipped"], color="tab:orange", label="chosen threshold")
+    right.set(xlabel="test images that skip f2 (%)", ylabel="time of a batch, whole network = 1", ylim=(0, None))
+    right.legend()
+    return drawn
+
+
+def _others(test: ImageSet, data_dir: Path | None) -> dict[str, Tensor]:
+    """Test images of other data sets in the size of these, and noise."""
+    channels, height, width = test.images.shape[1:]
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(test), channels, height, width)
+    found = {}
+    for name in ("cifar100", "cifar10", "mnist"):
+        try:
+            other = load_dataset(name, data_dir).test.images if data_dir is not None else None
+        except Exception:  # not there: the table says which were
+            continue
+        if other is None or torch.equal(other[:2], test.images[:2]):
+            continue
+        other = other[torch.randperm(len(other), generator=generator)[:OTHER]]
+        resized = torch.nn.functional.interpolate(other.float(), (height, width), mode="bilinear", antialias=True)
+        found[name] = resized.round().clamp(0, 255).to(torch.uint8).expand(-1, channels, -1, -1).contiguous()
+    found["uniform noise"] = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    images = test.images[: shape[0]].float()
+    mean, std = images.mean((0, 2, 3), keepdim=True), images.std((0, 2, 3), keepdim=True)
+    noise = mean + std * torch.randn(shape, generator=generator)
+    found["Gaussian noise, the images' mean and deviation"] = noise.round().clamp(0, 255).to(torch.uint8)
+    return found
+
+
+@torch.no_grad()
+def _gates(model: HeadedModel, images: Tensor) -> Tensor:
+    head = model.gated_head()
+    found = []
+    with evaluating(model):
+        before = head.gate.threshold.clone()
+        head.gate.threshold.fill_(0)  # g is wanted, not the answer: nothing need enter the second part
+        try:
+            for part in images.split(512):
+                found.append(model.gated(_prepared(model, part)).gate)
+        finally:
+            head.gate.threshold.copy_(before)
+    return torch.cat(found)
+
+
+def _gate_facts(model: HeadedModel, gate: Tensor) -> dict[str, float]:
+    threshold = model.gated_head().gate.threshold
+    return {"mean_gate": float(gate.mean()), "skipped": float((gate >= threshold).double().mean())}
+
+
+@torch.no_grad()
+def _time_ratio(
+    dense: HeadedModel, gated: HeadedModel, images: Tensor, batch_size: int, rounds: int
+) -> dict[str, float | int]:
+    """Milliseconds of whole batches, float32, the networks in turn; and the ratio in processor time."""
+    batches = [_prepared(gated, part) for part in images[: max(1024, batch_size)].split(batch_size)]
+    seconds: dict[str, list[float]] = {"dense": [], "gated": []}
+    busy: dict[str, list[float]] = {"dense": [], "gated": []}
+    with evaluating(dense), evaluating(gated):
+        for number in range(rounds + 1):
+            for name, model in (("dense", dense), ("gated", gated)):
+                started, worked = time.perf_counter(), time.process_time()
+                for x in batches:
+                    model(x)
+                if number:
+                    seconds[name].append(1000 * (time.perf_counter() - started) / len(batches))
+                    busy[name].append(1000 * (time.process_time() - worked) / len(batches))
+    median = {name: statistics.median(each) for name, each in seconds.items()}
+    ratio, cpu_ratio = (
+        statistics.median(b / a for a, b in zip(each["dense"], each["gated"], strict=True)) for each in (seconds, busy)
+    )
+    return {
+        "batch_size": batch_size,
+        "dense_ms": median["dense"],
+        "gated_ms": median["gated"],
+        "ratio": ratio,
+        "cpu_ratio": cpu_ratio,
+    }
+
+
+def _prepared(model: HeadedModel, images: Tensor) -> Tensor:
+    assert model.preprocessing is not None
+    return model.preprocessing(images).to(model.device)
+
+
+def _accuracy(predictions: Tensor, labels: Tensor, where: Tensor) -> float | None:
+    return float((predictions[where] == labels[where]).double().mean()) if bool(where.any()) else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, measure, and write ``gate.json``, ``gate.png`` and the models where ``--out`` and ``--models`` say."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--backbone", default="resnet9")
+    parser.add_argument("--at", default="layer1", help="the backbone is cut behind this module")
+    parser.add_argument("--epochs", type=int, default=3, help="of the dense network")
+    parser.add_argument("--gate-epochs", type=int, default=3)
+    parser.add_argument("--held-out", type=int, default=5000, help="training images that only choose the threshold")
+    parser.add_argument("--per-class", type=int, default=500, help="centers of each class")
+    parser.add_argument("--tolerance", type=float, default=0.005)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dense", type=Path, help="a saved dense network, trained without the held-out images")
+    parser.add_argument("--gated", type=Path, help="the saved gated network of an earlier run: only measure it")
+    parser.add_argument("--models", type=Path, help="save both networks here")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+
+    data = load_dataset(given.dataset, given.data_dir)
+    train, held_out = parts(data.train, given.held_out)
+    dense = load(given.dense) if given.dense else None
+    if dense is None:
+        dense = train_dense(data, train, backbone=given.backbone, epochs=given.epochs, seed=given.seed)
+    history = None
+    if given.gated is None:
+        torch.manual_seed(given.seed)
+        gated = attach_head(
+            copy.deepcopy(dense), "biased", at=given.at, per_class=given.per_class, tolerance=given.tolerance
+        )
+        history = fit_gate(
+            gated,
+            train,
+            epochs=given.gate_epochs,
+            calibration=held_out,
+            seed=given.seed,
+            progress=False,
+            **{name: value for name, value in RECIPE.items() if name != "optimizer"},
+        )
+    else:
+        gated = load(given.gated)
+        head = gated.gated_head()
+        head.gate.tolerance = given.tolerance
+        z, y, _ = embed(gated, held_out)
+        head.calibrate(z, y)
+    if given.models is not None:
+        save(dense, given.models / "dense")
+        save(gated, given.models / "gated")
+    found = {
+        "dataset": given.dataset,
+        "backbone": given.backbone,
+        "at": gated.at,
+        "epochs": given.epochs,
+        "gate_epochs": given.gate_epochs,
+        "gate_seconds": history.seconds if history else None,
+        "train_images": len(train),
+        "held_out_images": len(held_out),
+        "seed": given.seed,
+        "recipe": RECIPE,
+        "head": gated.head.config(),
+        **measure(data, dense, gated),
+        "unexpected": unexpected(dense, gated, data.test.subset(torch.arange(len(data.test))[:OTHER]), given.data_dir),
+        "versions": versions(),
+        "device": device_name(gated.device),
+    }
+    write_json(given.out / "gate.json", found)
+    save_figure(figure(found), given.out / "gate.png")
+    print(json.dumps({k: v for k, v in found.items() if k not in ("sweep", "head")}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
