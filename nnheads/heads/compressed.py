@@ -25,6 +25,9 @@ def coding_of(
     `nnheads.fit` is one, centers are kept as they come. Codebooks are trained with the centers there are, and keep
     what they learned of one that is dropped, as the backbone's weights do.
 
+    Codes are searched by `nnheads.code_index.CodeIndex`; a head's ``engine`` is for raw centers, among them ``"pq"``,
+    which searches 4-bit codes and ranks what it finds by the exact centers, which it keeps.
+
     Args:
         head: its name, for messages.
         bytes_per_center: 4 to 64; None or 0 keeps centers as they are, four bytes a number.
