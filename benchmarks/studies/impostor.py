@@ -157,7 +157,7 @@ _SMALL: Final[dict[str, Any]] = {
 
 STUDY: Final = Study(
     name="impostor",
-    title="impostor networks: centers that mimic samples, and what they weigh",
+    title="centers that mimic samples, and what they weigh",
     source="Impostor Networks for Fast Fine-Grained Recognition, as reviewed by Chervontsev",
     cells=tuple(_cells()),
     tables=tuple(_tables()),
