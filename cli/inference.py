@@ -109,6 +109,10 @@ def evaluate(
         str | None,
         typer.Option("--dataset", metavar="NAME", help="Its test images; see nnheads list datasets."),
     ] = None,
+    ood: Annotated[
+        str | None,
+        typer.Option("--ood", metavar="NAME", help="Data set whose test images are to be told from these (AUROC)."),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Images a step.")] = 256,
     device: options.Device = "auto",
     as_json: options.AsJson = False,
@@ -120,6 +124,13 @@ def evaluate(
         model, preprocessing, names = open_model(checkpoint, device)
         data = held_out_images(preprocessing, names, data_dir, dataset)
         result = _measure(model, preprocessing, names, data, batch_size, device)
+        if ood is not None:
+            from nnheads.benchmarks.datasets import load_foreign
+            from nnheads.benchmarks.outliers import auroc
+
+            foreign = load_foreign(ood, data_dir if dataset is not None else None, preprocessing)
+            own, by_score = auroc(model, data, foreign, device)
+            result |= {"ood": ood, "auroc": own, "auroc_by_score": by_score}
     if as_json:
         screen.print_json({"checkpoint": str(checkpoint), **result})
         return
@@ -133,6 +144,9 @@ def evaluate(
         f"accuracy {screen.percent(result['accuracy'])} %, log-loss {screen.number(result['log_loss'])}, "
         f"expected calibration error {screen.number(result['ece'])}, {result['images']} images"
     )
+    if ood is not None:
+        scores = ", ".join(f"{name} {screen.percent(value)}" for name, value in result["auroc_by_score"].items())
+        screen.line(f"AUROC against {ood} {screen.percent(result['auroc'])} % (by score: {scores})")
 
 
 def _measure(

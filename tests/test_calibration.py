@@ -194,6 +194,15 @@ def test_calibrate_a_saved_model_and_predict(
     assert "unlike the training samples" in run("predict", folder, noise)[1]
     first, second = json.loads(run("predict", folder, own, noise, "--json")[1])
     assert (first["unlike_training_samples"], second["unlike_training_samples"]) == (False, True)
+    wide = tmp_path / "foreign"
+    for name in ("a", "b"):
+        (wide / name).mkdir(parents=True)
+        for number in range(20):
+            Image.fromarray(_noise(40)[number + 20 * (name == "b"), 0].numpy()).save(wide / name / f"{number}.png")
+    code, out, _ = run("eval", folder, "--dataset", "digits", "--ood", f"images:{wide}", "--json")
+    told = json.loads(out)
+    assert 0.8 < told["auroc"] == told["auroc_by_score"]["cosine"]
+    assert "AUROC against images:" in run("eval", folder, "--dataset", "digits", "--ood", f"images:{wide}")[1]
     assert run("explain", folder, noise, "--out", tmp_path / "page.html")[0] == 0
     assert "Unlike the training samples" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
