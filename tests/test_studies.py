@@ -447,3 +447,19 @@ def test_svhn_is_read_as_its_authors_offer_it(tmp_path: Path) -> None:
         load_dataset("svhn", tmp_path)
     with pytest.raises(DataError, match=r"put train_32x32\.mat and test_32x32\.mat into"):
         load_dataset("svhn", tmp_path.parent)
+
+
+def test_a_folder_of_images_is_read_in_the_size_of_the_network(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for number in range(8):
+        place = tmp_path / "birds-200" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((90 + number, 120), 80).convert("RGB").save(place / f"{number}.png")
+    settings = {"dataset": "images:birds-200", "form": [3, 100]}
+    data = study_images(Job(settings, 0, tmp_path, "cpu", lambda *_: None))
+    assert data.train.images.shape[1:] == (3, 100, 100)
+    # enlarged from a smaller copy, neighbouring pixels would be equal
+    assert float((data.train.images[..., 1:] == data.train.images[..., :-1]).float().mean()) < 0.2
+    with pytest.raises(DataError, match="no folder cars-196/"):
+        study_images(Job({"dataset": "images:cars-196"}, 0, tmp_path, "cpu", lambda *_: None))

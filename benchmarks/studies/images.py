@@ -31,7 +31,8 @@ def study_images(job: Job) -> ImageData:
         DataError: the images are not there, or fewer than asked for.
     """
     settings = job.settings
-    data = _loaded(str(settings["dataset"]), job.data_dir)
+    form = settings.get("form")
+    data = _loaded(str(settings["dataset"]), job.data_dir, int(form[1]) if form else None)
     train, test = data.train, data.test
     if settings.get("classes"):
         train, test = (_only(part, tuple(settings["classes"])) for part in (train, test))
@@ -41,8 +42,8 @@ def study_images(job: Job) -> ImageData:
         train = _balanced(train, int(settings["train_images"]), job.seed)
     if settings.get("test_images"):
         test = _balanced(test, int(settings["test_images"]), job.seed + 1)
-    if settings.get("form"):
-        channels, side = settings["form"]
+    if form:
+        channels, side = form
         train, test = (replace(part, images=fitted(part.images, channels, side)) for part in (train, test))
     train = replace(train, ids=torch.arange(len(train)))
     if settings.get("labels") == "random":
@@ -85,7 +86,7 @@ def fitted(images: Tensor, channels: int, side: int) -> Tensor:
 
 
 @lru_cache(maxsize=2)  # the cells of a table share their images
-def _loaded(name: str, data_dir: Path | None) -> ImageData:
+def _loaded(name: str, data_dir: Path | None, size: int | None) -> ImageData:
     if name.startswith("images:"):
         folder = name.removeprefix("images:")
         if data_dir is None:
@@ -93,7 +94,7 @@ def _loaded(name: str, data_dir: Path | None) -> ImageData:
         inside = data_dir / folder
         if not inside.is_dir():
             raise DataError(f"no folder {folder}/ of class folders in {data_dir}")
-        return load_dataset(f"images:{inside}")
+        return load_dataset(f"images:{inside}", size=size)  # from the files, not by way of smaller images
     return load_dataset(name, data_dir)
 
 
