@@ -166,6 +166,11 @@ def figure(found: dict[str, Any]) -> Any:
     return drawn
 
 
+def _some(test: ImageSet) -> ImageSet:
+    # Drawn, for test images may come class by class.
+    return test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:OTHER])
+
+
 def _others(test: ImageSet, data_dir: Path | None) -> dict[str, Tensor]:
     """Test images of other data sets in the size of these, and noise."""
     channels, height, width = test.images.shape[1:]
@@ -314,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "recipe": RECIPE,
         "head": gated.head.config(),
         **measure(data, dense, gated),
-        "unexpected": unexpected(dense, gated, data.test.subset(torch.arange(len(data.test))[:OTHER]), given.data_dir),
+        "unexpected": unexpected(dense, gated, _some(data.test), given.data_dir),
         "versions": versions(),
         "device": device_name(gated.device),
     }
