@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
+from nnheads import distributed
 from nnheads.benchmarks.checkpoint import RunState, check_new, load_checkpoint, save_checkpoint
 from nnheads.benchmarks.config import RunConfig
 from nnheads.benchmarks.measures import (
@@ -63,6 +64,8 @@ def run(
         resume: go on from that state; on a CPU the accuracies are those of an uninterrupted run.
         tensorboard: folder for a log of the accuracies after every experience; None for none.
 
+    Started by ``torchrun``, processes share the work of the backbone, see `nnheads.distributed`; the first writes.
+
     Returns:
         The content of ``results.json``. Accuracies are in 0..1: ``accuracy`` over all test samples of the classes seen,
         ``forgetting``, ``accuracy_matrix`` (see `nnheads.benchmarks.measures`), ``memory_bytes`` as a whole and in
@@ -75,7 +78,10 @@ def run(
     """
     started = time.perf_counter()
     spec = strategy_spec(config.strategy)
-    target = check_out(Path(out), resume=resume) if out is not None else None
+    if distributed.launched() > 1 and not spec.ours:
+        raise ConfigError(f"strategy {spec.name!r} cannot share its work among processes: run it without torchrun")
+    main = distributed.launched_rank() == 0
+    target = check_out(Path(out), resume=resume) if out is not None and main else None
     if checkpoint is None and resume:
         raise ConfigError("resume needs the checkpoint folder of the run that was interrupted")
     if checkpoint is not None and not spec.ours:
@@ -94,13 +100,14 @@ def run(
     tell("loading Avalanche", 0, 0)
     state = load_checkpoint(Path(checkpoint), config) if checkpoint is not None and resume else RunState()
     learner = build_learner(config, spec, stream, device, steps.step)
+    distributed.join()  # not before: in a group Avalanche refuses the loggers that its modules make when imported
     untrained = evaluate_row(learner, stream, -1, device, future=True) if config.future else None
     if state.matrix:
         learner.load_state(state.tensors, state.values)
     before = state.seconds
     matrix, train_seconds, eval_seconds = state.matrix, state.train_seconds, state.eval_seconds
     counts = [len(stream.test_indices(e)) for e in range(len(stream))]
-    log = RunLog(Path(tensorboard), tasks=config.scenario == "task") if tensorboard is not None else None
+    log = RunLog(Path(tensorboard), tasks=config.scenario == "task") if tensorboard is not None and main else None
     if log is not None:  # what an interrupted run had learned may be in a log elsewhere
         for e in range(len(matrix)):
             log.experience(matrix, counts, e, {})
@@ -109,7 +116,7 @@ def run(
         what = f"experience {e + 1} of {len(stream)}"
         steps.begin(f"{what}: training", total)
         moment = time.perf_counter()
-        with quiet_avalanche():
+        with quiet_avalanche(), distributed.data_parallel():
             learner.learn(e)
         train_seconds.append(time.perf_counter() - moment)
         tell(f"{what}: evaluating", total, total)
@@ -122,7 +129,8 @@ def run(
         if checkpoint is not None:
             state.seconds = before + time.perf_counter() - started
             state.tensors, state.values = learner.state()
-            save_checkpoint(Path(checkpoint), config, state)
+            if main:
+                save_checkpoint(Path(checkpoint), config, state)
     if log is not None:
         log.close()
     parts = learner.memory_parts()
@@ -156,6 +164,7 @@ def run(
         "versions": versions(),
         "device": device_name(device),
     }
+    results["processes"] = distributed.world_size()
     if target is not None:
         model = learner.headed_model() if save_model else None
         if model is not None:

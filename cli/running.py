@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,6 +102,11 @@ def run(
             ema=ema,
             exemplar_bytes=exemplar_bytes,
         )
+        if int(os.environ.get("RANK", "0")) > 0:  # torchrun's first process shows and writes
+            from nnheads.benchmarks.runner import run as run_stream
+
+            run_stream(config, None, checkpoint=checkpoint, resume=resume)
+            return
         stem = safe_stem(f"{stream}-{strategy_spec(strategy).resolve_head(head)}")
         with results_folder(out, stem, resume=resume) as folder:
             results = _run(config, folder, quiet, checkpoint, resume, tensorboard)

@@ -8,6 +8,7 @@ import threading
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,11 +77,11 @@ def faiss_nearest(queries: Tensor, keys: Tensor, offset: Tensor, k: int, metric:
     queries, keys = queries.contiguous(), keys.contiguous()
     if keys.is_cuda:
         return _gpu_nearest(queries, keys, k, metric)
-    rows = torch.empty(len(queries), k, dtype=torch.int64)
-    distances = torch.empty(len(queries), k)
+    batch, (count, width) = queries.shape[0], keys.shape
+    found_rows, distances = np.empty((batch, k), np.int64), np.empty((batch, k), np.float32)
     pointer = faiss.swig_ptr
-    vectors = (pointer(queries.numpy()), pointer(keys.numpy()), keys.shape[1], len(queries), len(keys))
-    found = (pointer(distances.numpy()), pointer(rows.numpy()))
+    vectors = (pointer(queries.numpy()), pointer(keys.numpy()), width, batch, count)
+    found = (pointer(distances), pointer(found_rows))
     try:
         if metric == "l1":
             faiss.knn_extra_metrics(*vectors, faiss.METRIC_L1, 0.0, k, *found)
@@ -90,7 +91,7 @@ def faiss_nearest(queries: Tensor, keys: Tensor, offset: Tensor, k: int, metric:
             faiss.knn_L2sqr(*vectors, k, *found, pointer(offset.numpy()))
     except (AssertionError, RuntimeError, TypeError) as error:
         raise ConfigError(f"FAISS {faiss.__version__} failed ({_line(error)}): use engine='torch'") from error
-    return rows
+    return torch.from_numpy(found_rows)
 
 
 def _gpu_nearest(queries: Tensor, keys: Tensor, k: int, metric: str) -> Tensor:

@@ -47,6 +47,7 @@ class Index(ABC):
         self._offset: Tensor = torch.empty(0)  # (N,) added to the products; infinity hides a row
         self._findable = 0
         self._extent = 0
+        self._view: tuple[Tensor, Tensor] | None = None
         self._packed: tuple[Tensor, Tensor, Tensor] | None = None  # active rows, their keys and offsets, for FAISS
 
     @property
@@ -119,7 +120,7 @@ class Index(ABC):
             self._keys = torch.nn.functional.pad(self._keys, (0, 0, 0, more))
         else:
             self._keys = self._source
-        self._packed = None
+        self._packed = self._view = None
         self._grown()
 
     def _grown(self) -> None:  # noqa: B027 - most engines keep nothing that would have to follow
@@ -148,13 +149,15 @@ class Index(ABC):
                 f"queries must be a (B, {keys.shape[1]}) floating tensor as the keys are {keys.shape[1]} wide, "
                 f"got {tuple(queries.shape)} {queries.dtype}"
             )
-        wanted = queries.detach().to(device=keys.device, dtype=keys.dtype)
+        wanted = queries.detach()
+        if wanted.dtype != keys.dtype or wanted.device != keys.device:
+            wanted = wanted.to(device=keys.device, dtype=keys.dtype)
         # A finite sum tells the same in one step.
         if not math.isfinite(float(wanted.sum())) and not bool(torch.isfinite(wanted).all()):
             raise ShapeError("queries hold NaN or infinity: check the embeddings (and the learning rate)")
         found = min(k, self._findable)
-        if not found or not len(wanted):
-            return torch.full((len(wanted), k), -1, dtype=torch.int64, device=queries.device)
+        if not found or not wanted.shape[0]:
+            return torch.full((wanted.shape[0], k), -1, dtype=torch.int64, device=queries.device)
         if torch.is_autocast_enabled(keys.device.type):
             with torch.autocast(keys.device.type, enabled=False):
                 rows = self._nearest(unit_rows(wanted) if self.metric == "cosine" else wanted, found)
@@ -162,14 +165,14 @@ class Index(ABC):
             rows = self._nearest(unit_rows(wanted) if self.metric == "cosine" else wanted, found)
         if found < k:
             rows = torch.nn.functional.pad(rows, (0, k - found), value=-1)
-        return rows.to(queries.device)
+        return rows if rows.device == queries.device else rows.to(queries.device)
 
     @abstractmethod
     def _nearest(self, queries: Tensor, k: int) -> Tensor:
         """(B, k) rows for checked queries on the keys' device; ``k`` is at most the number of findable rows."""
 
     def _by_torch(self, queries: Tensor, k: int, *, two_stages: bool = False) -> Tensor:
-        keys, offset = self._keys[: self._extent], self._offset[: self._extent]
+        keys, offset = self._visible()
         if self.metric == "l1":
             return l1_nearest(queries, keys, offset, k)
         return products_nearest(queries, keys, offset, k, two_stages=two_stages)
@@ -177,13 +180,18 @@ class Index(ABC):
     def _by_faiss(self, queries: Tensor, k: int) -> Tensor:
         # FAISS's own way to leave rows out, a selector, gives up its matrix products; on a GPU it has none.
         if self._findable == self._extent:
-            keys, offset = self._keys[: self._extent], self._offset[: self._extent]
-            return faiss_nearest(queries, keys, offset, k, self.metric)
+            return faiss_nearest(queries, *self._visible(), k, self.metric)
         if self._packed is None:
             rows = torch.isfinite(self._offset).nonzero().flatten()
             self._packed = rows, self._keys[rows], self._offset[rows]
         rows, keys, offset = self._packed
         return rows[faiss_nearest(queries, keys, offset, k, self.metric)]
+
+    def _visible(self) -> tuple[Tensor, Tensor]:
+        """Keys and offsets up to the last row that may be found."""
+        if self._view is None:
+            self._view = self._keys[: self._extent], self._offset[: self._extent]
+        return self._view
 
     def _changed(self, rows: Tensor | None) -> None:
         """After rows (n,), or all of them, were changed."""
@@ -192,7 +200,7 @@ class Index(ABC):
         # Rows behind the last one that may be found, such as a memory's spare ones, are not looked at.
         packed = bool(seen[: self._findable].all())
         self._extent = self._findable if packed else int(seen.nonzero()[-1]) + 1
-        self._packed = None
+        self._packed = self._view = None
 
     def _offsets(self, source: Tensor, active: Tensor | None, rows: Tensor | None) -> Tensor:
         """What is added to the products of these rows (all by default), after checking the rows."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, final
 import torch
 from torch import Tensor, nn
 
+from nnheads import distributed
 from nnheads.backbones import backbone_spec
 from nnheads.batches import as_labels, unpack
 from nnheads.classifier_layer import Replaced, describe_candidates, output_follows
@@ -306,7 +307,8 @@ class HeadedModel(nn.Module):
             for batch in loader:
                 x, y, ids = unpack(batch, loader, position)
                 position += len(y)
-                self.head.memorize(self.features(x.to(device)), y.to(device), ids=ids.to(device))
+                z = distributed.features(self, x.to(device))
+                self.head.memorize(z, y.to(device), ids=ids.to(device))
             self.head.refreshed()
         return self
 

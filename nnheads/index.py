@@ -123,7 +123,7 @@ class AutoIndex(Index):
         return plan
 
     def _nearest(self, queries: Tensor, k: int) -> Tensor:
-        call = len(queries), k
+        call = queries.shape[0], k
         plan = self._plans.get(call) or self._plans.setdefault(call, self.explain_plan(*call))
         engine = plan.engine
         if engine == "bfloat16" and self._half is None:

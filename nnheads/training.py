@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from nnheads import distributed
 from nnheads.data import ImageSet
 from nnheads.devices import Precision, resolve_device
 from nnheads.errors import ConfigError, DataError
@@ -56,6 +57,9 @@ def fit(
     the same seed gives the same weights; the caller's random numbers are left as they were. Where the biased head cuts
     the backbone in two, training ends with ``fit_gate``.
 
+    Started by ``torchrun``, processes share the backbone's work, see `nnheads.distributed`; each gets the model, the
+    first one writes the checkpoint and shows progress. ``batch_size`` is that of all together.
+
     Args:
         model: what ``attach_head`` returned. It stays on ``device``, in evaluation mode.
         data: an `ImageSet`, a map-style data set of (x, y) or (x, y, id), or a loader of batches of these. Ids are
@@ -92,13 +96,21 @@ def fit(
             once. Only the main thread can be interrupted so.
     """
     _check_options(epochs, lr, weight_decay, optimizer, schedule, refresh, ema)
+    distributed.join()
+    if not distributed.is_main():
+        progress = False
     started = time.perf_counter()
     where = resolve_device(device)
     if isinstance(data, ImageSet):
         _describe(model, data)
     model.to(where)
     devices = [where.index or 0] if where.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), reporter(progress) as report, InterruptFlag() as interrupt:
+    with (
+        torch.random.fork_rng(devices=devices),
+        reporter(progress) as report,
+        InterruptFlag() as interrupt,
+        distributed.data_parallel(model),
+    ):
         torch.manual_seed(seed)
         run = TrainingRun(model, data, where, precision, lr, report, interrupt)
         run.prepare(epochs, batch_size, optimizer, weight_decay, schedule, augment, ema, seed)
@@ -118,7 +130,9 @@ def fit(
                 model.backbone.to(memory_format=torch.contiguous_format)
         run.history.seconds = time.perf_counter() - started
         if checkpoint is not None:
-            save(model, checkpoint)
+            if distributed.is_main():
+                save(model, checkpoint)
+            distributed.wait()
         if interrupt.requested:
             raise KeyboardInterrupt(
                 f"interrupted after {run.step} steps" + (f"; saved to {checkpoint}" if checkpoint is not None else "")

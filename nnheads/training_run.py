@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from nnheads import distributed
 from nnheads.averaging import WeightAverage
 from nnheads.data import ImageSet
 from nnheads.devices import Precision, autocast_for
@@ -130,6 +131,7 @@ class TrainingRun:
                 raise
         if not samples and not self.interrupt.requested:
             raise DataError("there is nothing to train on: the loader gave no batch")
+        distributed.average_statistics(self.model.backbone)
         if self.trains_with_memory:
             # Ends the storing; and centers have moved, so an automatic width is chosen anew.
             head.refreshed()
@@ -143,7 +145,7 @@ class TrainingRun:
         model, optimizer = self.model, self.optimizer
         assert optimizer is not None
         with autocast_for(self.device, self.precision):
-            z = model.features(x)
+            z = distributed.features(model, x)
             if (storing or self.device.type == "cpu") and not _finite(z):
                 self._diverged(epoch, x)
             if storing:
@@ -152,6 +154,7 @@ class TrainingRun:
             loss = model.head.loss(z, y, ids=ids)
         optimizer.zero_grad()
         loss.backward()
+        distributed.sum_gradients(model.backbone.parameters())
         optimizer.step()
         self.step += 1
         self.history.gradient_samples += len(y)
@@ -198,6 +201,7 @@ class TrainingRun:
             return  # the centers fit the weights as they are, not the averaged ones
         if self.average is not None:
             self.average.apply()
+            distributed.average_statistics(self.model.backbone)
         if not head.uses_memory:
             return
         if interrupted:

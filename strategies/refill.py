@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from nnheads import distributed
 from nnheads.data import BatchLoader, ImageSet, Preprocessing
 from nnheads.devices import Precision, autocast_for
 from nnheads.headed import HeadedModel
@@ -28,7 +29,7 @@ def embed_batches(
     found = []
     for x, y, ids in batches:
         with autocast_for(device, precision):
-            z = model.features(x.to(device))
+            z = distributed.features(model, x.to(device))
         found.append((z if z.dtype == torch.float64 else z.float(), y.to(device), ids.to(device)))
     for module, training in modes:
         module.training = training

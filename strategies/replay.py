@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
 
+from nnheads import distributed
 from nnheads.averaging import WeightAverage
 from nnheads.data import Augmentation, BatchLoader, ImageSet, Preprocessing, get_augmentation, materialize
 from nnheads.devices import Precision, autocast_for, prefers_channels_last
@@ -191,7 +192,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
                 log_probs: Tensor = self.model(self.mb_x)
             return log_probs
         with autocast_for(self.device, self.precision):
-            self._features = self.model.features(self.mb_x).float()
+            self._features = distributed.features(self.model, self.mb_x).float()
         self.gradient_samples += len(self.mb_y)
         self._keep_new()
         if not self.evaluator.metrics:
@@ -206,11 +207,13 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
             return F.nll_loss(self.mb_output, self.mb_y)
         loss = self.head.loss(self._features, self.mb_y, ids=self.mb_ids)
         if self.further_loss is not None:
+            distributed.refuse("a loss of the old network's embeddings")
             loss = loss + self.further_loss(self.mb_x, self._features)
         return loss
 
     def optimizer_step(self) -> None:
         """A step of the weights, followed by the averaged ones."""
+        distributed.sum_gradients(self.model.backbone.parameters())
         super().optimizer_step()
         if self.average is not None:
             self.average.update()
@@ -226,6 +229,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         if self.average is not None:
             self.average.apply()
             self.average = None
+        distributed.average_statistics(self.model.backbone)
         self.fill(self.model)
         super()._after_training_exp(**kwargs)
 
