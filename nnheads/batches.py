@@ -52,9 +52,14 @@ def as_labels(
         y: labels, or names.
         names: of the classes that have one, the first ones.
         num_classes: classes there are.
+
+    Raises:
+        DataError: they are something else, or one name, whose letters would be taken for names.
     """
     if isinstance(y, Tensor):
         return y, None if names is None else tuple(names)
+    if isinstance(y, str):
+        raise DataError(f"classes must be given one a sample: [{y!r}, ...], not {y!r}")
     known = list(names or ())
     known += [str(label) for label in range(len(known), num_classes)]
     for name in y:

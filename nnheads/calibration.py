@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnheads.devices import Precision
-from nnheads.errors import DataError, ShapeError
+from nnheads.errors import ConfigError, DataError, ShapeError
 from nnheads.evaluation import Evaluation, embed
 from nnheads.headed import HeadedModel, evaluating
 from nnheads.heads import MemoryHead
@@ -114,11 +114,12 @@ def calibrate(
         batch_size, device, precision: as in `nnheads.evaluate`.
 
     Raises:
+        ConfigError: ``accepted`` is not between 0 and 1.
         DataError: there are fewer than 20 samples, or samples of a class that the model does not know, or the head
             stores none. The model is as it was then.
     """
     if not 0 < accepted < 1:
-        raise ShapeError(f"calibrate: accepted must be between 0 and 1, got {accepted}")
+        raise ConfigError(f"calibrate: accepted must be between 0 and 1, got {accepted}")
     z, labels, _ = embed(model, data, batch_size=batch_size, device=device, precision=precision)
     head = model.head
     if len(z) < _LEAST:

@@ -81,7 +81,7 @@ def forget(path: str | Path, ids: Sequence[int]) -> int:
             ) from error
         if not isinstance(head, MemoryHead):
             raise ConfigError(f"{folder}: head {head.name!r} stores no samples to forget")
-        head.drop(torch.tensor(list(ids), dtype=torch.int64))
+        head.drop(ids)
         with replacing(folder, is_saved_model) as made:
             files = {**files, HEAD: write_tensors(made / HEAD, dict(head.state_dict()))}
             if THUMBNAILS in files:

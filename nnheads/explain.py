@@ -39,7 +39,7 @@ def without(model: HeadedModel, ids: Tensor | Sequence[int]) -> Iterator[HeadedM
     if not isinstance(head, MemoryHead):
         raise ConfigError(f"head {head.name!r} stores no samples that could be left out")
     changed = copy.deepcopy(head)
-    changed.drop(torch.as_tensor(ids, dtype=torch.int64))
+    changed.drop(ids)
     model.head = changed
     try:
         yield model

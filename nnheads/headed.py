@@ -14,7 +14,7 @@ from nnheads.backbones import backbone_spec
 from nnheads.batches import as_labels, unpack
 from nnheads.classifier_layer import Replaced, describe_candidates, output_follows
 from nnheads.errors import AttachError, ConfigError, ShapeError
-from nnheads.heads import BiasedHead, Explanation, Gated, Head, MemoryHead, head_class, list_heads
+from nnheads.heads import BiasedHead, Explanation, Gated, Head, MemoryHead, head_class, list_heads, sample_ids
 
 if TYPE_CHECKING:
     from nnheads.preprocessing import Preprocessing
@@ -253,7 +253,7 @@ class HeadedModel(nn.Module):
         return held
 
     @torch.no_grad()
-    def drop(self, ids: Tensor | Sequence[int]) -> None:
+    def drop(self, ids: Tensor | Sequence[int] | int) -> None:
         """Forgets samples by id, at once and without training: they leave the head's memory and the thumbnails.
 
         What was trained while they were there still saw them: the backbone's weights, and of the head the width of its
@@ -261,9 +261,9 @@ class HeadedModel(nn.Module):
 
         Raises:
             ConfigError: the head has no memory.
-            ShapeError: an id is not held; it is named and nothing is changed.
+            ShapeError: an id is not held, or is no whole number; it is named and nothing is changed.
         """
-        ids = torch.as_tensor(ids, dtype=torch.int64)
+        ids = sample_ids(ids)
         self._memory_head("to drop").drop(ids)
         if self.thumbnails is not None:
             self.thumbnails.drop(ids.tolist())

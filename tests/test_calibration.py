@@ -156,6 +156,8 @@ def test_mistakes_leave_the_head_as_it_was(backbone: Path, digits: ImageData) ->
     other = ImageSet(digits.test.images, digits.test.labels + 1, class_names=tuple("0123456789x"))
     with pytest.raises(DataError, match="label 10 is no class of the model"):
         nnheads.calibrate(model, other, device="cpu")
+    with pytest.raises(ConfigError, match="accepted must be between 0 and 1, got 2"):
+        nnheads.calibrate(model, digits.test, accepted=2, device="cpu")
     assert float(model.head.temperature) == 1.5
     assert math.isinf(model.head.outlier_threshold)
 

@@ -142,6 +142,10 @@ def test_mistakes_change_nothing(digits: ImageData, eights: nnheads.HeadedModel,
     images = digits.train.images[:2]
     for call, error, words in (
         (lambda: model.drop([held, 987654]), ShapeError, "no sample with id 987654"),
+        (lambda: model.drop([held + 0.5]), ShapeError, "whole numbers, not torch.float32"),
+        (lambda: model.head.drop([True]), ShapeError, "whole numbers, not torch.bool"),
+        (lambda: model.drop(["zero"]), ShapeError, "whole numbers, not list"),
+        (lambda: model.add(images, "nine"), DataError, "one a sample"),
         (lambda: model.head.add(z[:, 1:], torch.tensor([1, 2])), ShapeError, "embeddings must be"),
         (lambda: model.head.add(z * float("nan"), torch.tensor([1, 2])), ShapeError, "NaN"),
         (lambda: model.add(images, torch.tensor([1])), ShapeError, "labels"),
@@ -159,6 +163,15 @@ def test_mistakes_change_nothing(digits: ImageData, eights: nnheads.HeadedModel,
     assert _bytes(folder) == before
     with pytest.raises(ConfigError, match="stores no samples to drop"):
         nnheads.attach_head(nnheads.build_backbone("convnet", 3, 1), "dense").drop([1])
+
+
+def test_one_sample_is_forgotten_by_its_number(digits: ImageData, eights: nnheads.HeadedModel, tmp_path: Path) -> None:
+    model = nnheads.load(nnheads.save(eights, tmp_path / "model", thumbnails=digits.train))
+    first, second = model.head.memory.ids[:2].tolist()
+    model.drop(first)
+    model.head.drop([second])
+    assert not {first, second} & set(model.head.memory.ids[: len(model.head.memory)].tolist())
+    assert first not in model.thumbnails
 
 
 @pytest.mark.parametrize("damage", ["newer", "older", "truncated", "flipped", "thumbnails", "config"])

@@ -1,6 +1,6 @@
 """The heads, by name: `build_head`, `list_heads`, `register_head`; one file a head."""
 
-from .base import Head
+from .base import Head, sample_ids
 from .biased import BiasedHead, Gated
 from .dense import DenseHead
 from .evidence import Explanation, Neighbors
@@ -29,4 +29,5 @@ __all__ = [
     "head_class",
     "list_heads",
     "register_head",
+    "sample_ids",
 ]

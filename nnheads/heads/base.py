@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -204,6 +205,23 @@ def nll(log_probs: Tensor, y: Tensor) -> Tensor:
     if y.dim() == 2:
         return -(F.pad(y, (0, log_probs.shape[1] - y.shape[1])) * log_probs).sum(-1).mean()
     return F.nll_loss(log_probs, y)
+
+
+def sample_ids(ids: Tensor | Sequence[int] | int) -> Tensor:
+    """Ids (n,) int64 from a tensor, a sequence or one id.
+
+    Raises:
+        ShapeError: they are no whole numbers: rounded, a fraction or a mask would name other samples.
+    """
+    try:
+        given = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(f"ids must be whole numbers, not {type(ids).__name__} ({error})") from None
+    if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
+        raise ShapeError(f"ids must be whole numbers, not {given.dtype}")
+    if given.dim() > 1:
+        raise ShapeError(f"ids must be of shape (n,), not {tuple(given.shape)}")
+    return given.long().reshape(-1)
 
 
 def one_of(head: str, option: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal
 
 import torch
@@ -18,7 +18,7 @@ from ..errors import EmptyMemoryError
 from ..functional import Metric, neighbor_distances
 from ..index import Index, build_index
 from ..memory import ColumnWidth, Memory
-from .base import Head, one_of, positive
+from .base import Head, one_of, positive, sample_ids
 from .evidence import Explanation, Neighbors, Scale, at_temperature, listing
 from .outliers import OutlierScore, outlier_scores
 
@@ -123,9 +123,10 @@ class MemoryHead(Head):
         self.widen(self.memory.num_classes)
         return held
 
-    def drop(self, ids: Tensor) -> None:
+    def drop(self, ids: Tensor | Sequence[int] | int) -> None:
         """Forget samples by id, at once and without training; an unknown id is named and nothing is changed."""
-        self.memory.drop(ids)
+        self.memory.drop(sample_ids(ids))
+        self._sampled = None  # may hold keys of theirs
 
     @torch.no_grad()
     def widen(self, num_classes: int) -> None:
