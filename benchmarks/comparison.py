@@ -30,7 +30,8 @@ MEASURES: tuple[str, ...] = (
 def head_variant(text: str) -> tuple[str, dict[str, Any]]:
     """A head and options of it, from ``HEAD`` or ``HEAD+KEY=VALUE+KEY=VALUE...``, as ``impostor+centers=tied``.
 
-    Values are read as JSON where they are JSON, else taken as text.
+    Values are read as JSON where they are JSON, else taken as text. ``biased`` also takes ``at``, the module behind
+    which the backbone is cut in two (see `nnheads.attach_head`); without it nothing is cut and nothing skips.
 
     Raises:
         ConfigError: a part has another form or is given twice, or there is no such head or option
@@ -41,6 +42,8 @@ def head_variant(text: str) -> tuple[str, dict[str, Any]]:
 
     name, *parts = (part.strip() for part in text.split("+"))
     known = head_class(name).option_names()
+    if name == "biased":
+        known.append("at")
     options: dict[str, Any] = {}
     for part in parts:
         key, equals, value = part.partition("=")
@@ -179,7 +182,7 @@ class CompareConfig:
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate must be above 0, not {self.learning_rate}")
         for head in self.heads:
-            _check_head(head)
+            head_variant(head)
             if [file_name(other) for other in self.heads].count(file_name(head)) > 1:
                 raise ConfigError(f"head {head!r} is given twice")
         if self.dataset not in RECIPES and not self.dataset.startswith("images:"):
@@ -190,6 +193,8 @@ class CompareConfig:
             raise ConfigError(f"--ood {self.ood} is what the heads are trained on: give another data set")
         if self.backbone is not None:
             build_backbone(self.backbone)
+        for head in self.heads:
+            _check_head(head, self.recipe().backbone)
         if self.image_size is not None and self.image_size < 8:
             raise ConfigError(f"image_size must be 8 or more, not {self.image_size}")
         if self.pretrained and self.weights is not None:
@@ -244,14 +249,19 @@ def file_name(head: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+=-]+", "-", head)
 
 
-def _check_head(text: str) -> None:
+def _check_head(text: str, backbone: str) -> None:
     """Raises what is wrong with a head's name or options, before anything is trained."""
     import torch
 
+    from nnheads.attach import attach_head
+    from nnheads.backbones import build_backbone
     from nnheads.heads import build_head
 
     name, options = head_variant(text)
     with torch.random.fork_rng(devices=[]):
+        if "at" in options or isinstance(options.get("projector"), str):  # a place in this very network
+            attach_head(build_backbone(backbone, 10), name, **options)
+            return
         # Wide, so that no option that depends on the width of embeddings is refused here.
         build_head(name, 4096, 10, **options)
 

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import nnheads.attach
 import nnheads.training
 from nnheads import list_heads
 from nnheads.benchmarks.compare import MEASURES, RECIPES, CompareConfig, compare
 from nnheads.benchmarks.comparison import expand_heads
 from nnheads.benchmarks.datasets import DATASETS, load_dataset
-from nnheads.errors import CheckpointError, ConfigError, UnknownNameError
+from nnheads.errors import AttachError, CheckpointError, ConfigError, UnknownNameError
 from nnheads.weights import build_pretrained, published_statistics
 
 QUICK = CompareConfig(heads=("dense", "knn"), seeds=(0, 1), epochs=1, device="cpu")
@@ -152,6 +153,21 @@ def test_a_head_may_have_options_of_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "impostor+centers=fixed+k=5-seed0.json").is_file()
 
 
+def test_the_gated_network_is_cut_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    attach = nnheads.attach.attach_head
+
+    def seen(*args: Any, **options: Any) -> nnheads.HeadedModel:
+        made.append(attach(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr("nnheads.attach.attach_head", seen)
+    config = CompareConfig(heads=("biased+at=bn2+gate_epochs=1",), epochs=1, device="cpu")
+    row = compare(config, tmp_path)["rows"][0]
+    assert made[-1].at == "bn2"
+    assert row["accuracy"]["mean"] > 0.2
+
+
 @pytest.mark.parametrize(
     ("head", "message"),
     [
@@ -160,10 +176,13 @@ def test_a_head_may_have_options_of_its_own(tmp_path: Path) -> None:
         ("impostor+k=5+k=6", "gives k twice"),
         ("impostr+k=5", "unknown head 'impostr'"),
         ("impostor+centers=lose", "centers must be one of"),
+        ("impostor+at=features.3", "unknown option of head 'impostor' 'at'"),
+        ("biased+at=nowhere", "'nowhere'"),
+        ("biased+projector=pooled", "a projector needs a place"),
     ],
 )
 def test_mistakes_in_a_heads_options(head: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, AttachError), match=message):
         compare(CompareConfig(heads=("dense", head), epochs=1, device="cpu"), tmp_path)
     assert not list(tmp_path.iterdir())
 
