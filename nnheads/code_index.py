@@ -7,21 +7,29 @@ from typing import final
 import torch
 from torch import Tensor
 
+from nnheads._fast_scan import FastScan, can_scan, fetched
 from nnheads.errors import ConfigError, EmptyMemoryError, ShapeError
 from nnheads.index import Metric, unit_rows
 from nnheads.quantize import ProductQuantizer
 
 _CHUNK_NUMBERS = 2**22  # numbers of decoded rows held at once, 16 MB
 _FEW = 4  # queries up to which looking distances up in tables is faster than decoding
+_SCANNED = 8, 100  # rows to a candidate from which FAISS's scan pays: for a few queries, and for more
 
 
 @final
 class CodeIndex:
-    """The rows whose decoded codes are nearest to a query; exact in that sense, on any device.
+    """The rows whose decoded codes are nearest to a query; exact in that sense, on any device, but for one case.
 
     With L2 distances the codes are compared in the rotated space of their codebooks, which is as good and, where the
     rotation reduces dimensions, cheaper than comparing the rows. A part of the codes is decoded at a time, so that no
     copy of the rows is held or can grow stale; a few queries are answered from tables of distances to the codewords.
+
+    The case: 4-bit codes on a CPU, 4,096 or more, L2, with FAISS at hand. There FAISS scans them (`FastScan`), and
+    4k + 32 rows it finds are ranked by their exact distances. All of the nearest rows were found at 4,096 and 50,000
+    clustered rows of 16 bytes, k = 1 to 100. Measured on one thread, 50,000 x 256, k = 32, ``pca``: 36 ms a query
+    become 0.5 where it comes alone, and 0.41 become 0.15 in batches of 128. For batches the scan pays, and is done,
+    from 100 rows to a candidate.
 
     Args:
         metric: ``"l2"`` (default), ``"l1"`` or ``"cosine"``.
@@ -31,10 +39,13 @@ class CodeIndex:
         self.metric: Metric = metric
         self._codes: Tensor | None = None
         self._quantizer: ProductQuantizer | None = None
+        self._scan: FastScan | None = None
 
     def build(self, codes: Tensor, quantizer: ProductQuantizer) -> None:
         """Take (N, bytes) uint8 codes to search, by reference: changed in place, they are found as they are then."""
         self._codes, self._quantizer = codes, quantizer
+        if self._scan is not None and not self._scan.holds(codes, quantizer):
+            self._scan = None
 
     def search(self, queries: Tensor, k: int) -> Tensor:
         """The ``k`` nearest rows of each query, nearest first; see `nnheads.index.Index.search`.
@@ -72,6 +83,11 @@ class CodeIndex:
         return rows.to(queries.device)
 
     def _nearest(self, queries: Tensor, codes: Tensor, quantizer: ProductQuantizer, k: int) -> Tensor:
+        scanned = _SCANNED[len(queries) > _FEW] * fetched(k)
+        if self.metric == "l2" and len(codes) >= scanned and can_scan(codes, quantizer):
+            if self._scan is None or not self._scan.holds(codes, quantizer):
+                self._scan = FastScan(codes, quantizer)
+            return self._scan.nearest(quantizer.turn(queries), k)
         if self.metric == "l2" and len(queries) <= _FEW:
             return quantizer.adc_distances(queries, codes).topk(k, dim=1, largest=False).indices
         if self.metric == "l2":

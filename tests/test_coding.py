@@ -218,6 +218,50 @@ def test_the_nearest_codes_are_found(metric: str, rotation: str, monkeypatch: py
     assert index.search(queries, 605)[:, 600:].eq(-1).all()
 
 
+@pytest.mark.parametrize("rotation", ["none", "pca:31"])  # 31 parts: half of a byte is empty
+def test_scanned_codes_are_the_nearest_and_changes_are_seen(rotation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, _, _ = samples(20_000, classes=50)
+    quantizer = ProductQuantizer.fit(keys[:2000], 16, bits=4, rotation=rotation)
+    assert quantizer is not None
+    codes = quantizer.encode(keys)
+    fast, exact = CodeIndex(), CodeIndex()
+    queries = samples(200, classes=50, seed=3)[0]
+
+    def recall(held: Tensor, k: int, asked: Tensor) -> float:
+        fast.build(held, quantizer)
+        exact.build(held, quantizer)
+        with monkeypatch.context() as patch:
+            patch.setattr("nnheads.code_index.can_scan", lambda *_: False)
+            wanted = exact.search(asked, k)
+        found = fast.search(asked, k)
+        assert fast._scan is not None
+        decoded = quantizer.decode(held)
+        near, limit = (neighbor_distances(asked, decoded[rows], "l2") for rows in (found, wanted))
+        return float((near <= limit[:, -1:] * (1 + 1e-5)).float().mean())  # rows of equal codes are as good
+
+    assert recall(codes, 1, queries) >= 0.99
+    assert recall(codes, 32, queries) >= 0.99
+    assert recall(codes, 100, queries[:3]) >= 0.99
+    codes[:5000] = codes[5000:10_000].clone()  # in place, as a memory that tracks its samples does
+    codes[7000:] = 0
+    assert recall(codes, 32, queries) >= 0.99
+    fast.build(codes, quantizer)
+    codes[7000:] = quantizer.encode(keys[:13_000])  # and with no build after it
+    assert set(fast.search(keys[:3], 1).flatten().tolist()) & set(range(7000, 7003))
+    assert recall(codes[:15_000], 10, queries) >= 0.99
+
+
+def test_a_head_answers_as_well_by_scanned_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = filled("knn", n=20_000, code_bits=4, bytes_per_center=16)
+    z = samples(256, seed=5)[0]
+    scanned = head(z)
+    head.drop(torch.arange(0, 2000, 2))
+    dropped = head(z)
+    monkeypatch.setattr("nnheads.code_index.can_scan", lambda *_: False)
+    assert (dropped - head(z)).abs().max() < 1e-4
+    assert (scanned - filled("knn", n=20_000, code_bits=4, bytes_per_center=16)(z)).abs().max() < 1e-4
+
+
 def test_a_head_with_codes_takes_the_centers_of_one_without() -> None:
     z, y, ids = samples()
     raw = build_head("impostor", 32, 4)

@@ -26,7 +26,7 @@ LAYERS: list[list[str]] = [
     ["nnheads._index_base"],
     ["nnheads.approximate", "nnheads.large"],
     ["nnheads.index", "nnheads._codebooks", "nnheads.quantize", "nnheads.backbones"],
-    ["nnheads.coding", "nnheads.code_index", "nnheads.memory"],
+    ["nnheads.coding", "nnheads._fast_scan", "nnheads.code_index", "nnheads.memory"],
     ["nnheads.sharded"],
     ["nnheads.heads", "nnheads.data", "nnheads.batches", "nnheads.thumbnails"],
     ["nnheads.centers", "nnheads.headed", "nnheads.loaders"],
