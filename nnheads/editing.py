@@ -51,7 +51,8 @@ def add(
 
 
 def forget(path: str | Path, ids: Sequence[int]) -> int:
-    """Drops samples from the head of a saved model, which need not have its backbone saved with it.
+    """Drops samples from the head of a saved model, which need not have its backbone saved with it; nor
+    need a projector of the user's own be given.
 
     Nothing of them stays in the folder, the thumbnails included; what was trained while they were there still saw them,
     see `HeadedModel.drop`.
@@ -74,8 +75,13 @@ def forget(path: str | Path, ids: Sequence[int]) -> int:
         files = meta["files"]
         state = read_tensors(folder / HEAD, files[HEAD])
         try:
-            head = build_saved_head(folder, meta["head"], state)
-        except (KeyError, TypeError, ConfigError) as error:
+            # A projector of the user's own is not there to be built; its weights stay as they are.
+            projector = meta["head"]["config"].get("projector")
+            own = isinstance(projector, dict) and projector.get("kind") == "module"
+            kept = {name: tensor for name, tensor in state.items() if own and name.startswith("projector.")}
+            state = {name: tensor for name, tensor in state.items() if name not in kept}
+            head = build_saved_head(folder, meta["head"], state, torch.nn.Identity() if own else None)
+        except (AttributeError, KeyError, TypeError, ConfigError) as error:
             raise CheckpointError(
                 f"{folder / META} does not describe a head ({error}): save the model again"
             ) from error
@@ -83,7 +89,7 @@ def forget(path: str | Path, ids: Sequence[int]) -> int:
             raise ConfigError(f"{folder}: head {head.name!r} stores no samples to forget")
         head.drop(ids)
         with replacing(folder, is_saved_model) as made:
-            files = {**files, HEAD: write_tensors(made / HEAD, dict(head.state_dict()))}
+            files = {**files, HEAD: write_tensors(made / HEAD, {**head.state_dict(), **kept})}
             if THUMBNAILS in files:
                 pictures = Thumbnails.from_state(read_tensors(folder / THUMBNAILS, files[THUMBNAILS]))
                 pictures.drop(ids)

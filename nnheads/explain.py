@@ -125,6 +125,9 @@ class ImageEvidence:
         }
         if self.what_if is not None:
             found["what_if"] = [{"class": name, "probability": p} for name, p in self.what_if.items()]
+            found["weight_left_out"] = self.lost
+        if self.remarks:
+            found["remarks"] = list(self.remarks)
         return found
 
 

@@ -222,6 +222,20 @@ def test_a_killed_command_leaves_the_old_model(digits: ImageData, eights: nnhead
     assert not (tmp_path / ".model.old").exists()
 
 
+def test_a_gated_head_with_a_projector_of_the_users_own_forgets(tmp_path: Path) -> None:
+    def projector() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.LazyLinear(4))
+
+    model = nnheads.attach_head(nnheads.build_backbone("convnet", 3, 1), "biased", at="bn1", projector=projector())
+    x = torch.rand(12, 1, 8, 8)
+    ids = model.eval().add(x, torch.arange(12) % 3)
+    folder = nnheads.save(model, tmp_path / "model")
+    assert editing.forget(folder, ids[:2].tolist()) == 10
+    model.drop(ids[:2])
+    again = nnheads.load(folder, projector=torch.nn.Sequential(*model.head.projector))
+    assert torch.equal(again(x), model(x))
+
+
 def test_changes_made_at_the_same_time_are_all_kept(eights: nnheads.HeadedModel, tmp_path: Path) -> None:
     folder = nnheads.save(eights, tmp_path / "model")
     ids: list[int] = eights.head.memory.ids[:6].tolist()

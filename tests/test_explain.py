@@ -100,6 +100,7 @@ def test_evidence_names_the_samples_that_decide(backbone: Path, digits: ImageDat
         assert image.others[0] == why.ids.shape[1] - 4
         assert image.others[1] == pytest.approx(float(why.weights[row, 4:].sum()))
         assert list((image.what_if or {}).values()) == pytest.approx(other[row].tolist(), abs=1e-5)
+        assert image.to_dict()["weight_left_out"] == image.lost
         assert list(image.all_classes) == [*"abcdefghi", "9"]
         assert image.neighbors[0].picture is None
 
