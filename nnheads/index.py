@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 Engine = Literal["auto", "torch", "faiss", "ivf", "hnsw", "pq"]
+"""What heads and `build_index` take as ``engine``: the names of `ENGINES`, exact, and of `APPROXIMATE`."""
+
 ENGINES: tuple[Engine, ...] = ("auto", "torch", "faiss")
 APPROXIMATE: tuple[Engine, ...] = ("ivf", "hnsw", "pq")
 
@@ -170,7 +172,8 @@ def build_index(engine: Engine = "auto", metric: Metric = "l2", *, exact: bool =
 
     Args:
         engine: exact: ``"torch"``, ``"faiss"``, or ``"auto"`` (default), which decides for each search; approximate, on
-            CPUs: ``"ivf"``, ``"hnsw"`` or ``"pq"``, see `nnheads.approximate.ApproximateIndex`.
+            CPUs: ``"ivf"``, ``"hnsw"`` or ``"pq"``, see `nnheads.approximate.ApproximateIndex`;
+            fewer than 5,000 rows they search exactly.
         metric: ``"l2"`` (default), ``"l1"`` or ``"cosine"``.
         exact: whether ``"auto"`` must find the nearest rows; where it need not, it is ``"pq"``.
         recall: share of the nearest rows that an approximate engine is to find.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nnheads.errors import ConfigError, UnknownNameError
 from nnheads.heads import Head, MemoryHead, build_head, list_heads, register_head, registry
+from nnheads.index import APPROXIMATE, ENGINES
 from nnheads.testing import check_head, head_checks
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,6 +48,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "biased-threshold": ("biased", {"k": 4, "threshold": 0.5, "gate_sigma": 0.3, "per_class": None}),
     "knn-torch": ("knn", {"k": 5, "engine": "torch"}),
     "nngk-faiss": ("nngk", {"k": 6, "engine": "faiss"}),
+    **{f"nngk-{engine}": ("nngk", {"k": 6, "engine": engine}) for engine in APPROXIMATE},  # exact for so few centers
 }
 
 
@@ -166,6 +168,21 @@ def test_impossible_options_are_refused_in_one_line(name: str, options: dict[str
     with pytest.raises(ConfigError) as caught:
         build_head(name, 8, 3, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_heads_take_every_engine_and_name_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, y = torch.randn(5600, 8, generator=generator), torch.randint(0, 3, (5600,), generator=generator)
+    answers = {}
+    for engine in (*ENGINES, *APPROXIMATE):
+        head = build_head("nngk", 8, 3, k=6, engine=engine).eval()
+        assert head.config()["engine"] == engine
+        head.memorize(z[:-100], y[:-100])
+        answers[engine] = head(z[-100:]).argmax(1)
+    for engine, found in answers.items():
+        assert (found == answers["torch"]).double().mean() >= (1 if engine in ENGINES else 0.9), engine
+    with pytest.raises(UnknownNameError, match="known: auto, faiss, hnsw, ivf, pq, torch; did you mean 'hnsw'"):
+        build_head("knn", 8, 3, engine="hnws")
 
 
 @pytest.mark.parametrize("name", [name for name in list_heads() if build_head(name, 4, 2).uses_memory])

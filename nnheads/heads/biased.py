@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
 from ..functional import squared_distances
+from ..index import Engine
 from .base import positive
 from .dense_objective import DenseObjective
 from .evidence import Neighbors
@@ -74,7 +75,8 @@ class BiasedHead(RegressionHead):
         holdout: share of the samples, by id, that teach neither projector nor gate and choose the threshold.
         gate_epochs: passes over the data with which `nnheads.fit` trains projector and gate at its end.
         normalize: scale projections to unit length.
-        engine: see `nnheads.index.build_index`.
+        engine: neighbour search. Exact: ``"auto"`` (default), ``"torch"``, ``"faiss"``; on CPUs approximate:
+            ``"ivf"``, ``"hnsw"``, ``"pq"``, exact below 5,000 centers. See `nnheads.index.build_index`.
     """
 
     differentiable = True
@@ -97,7 +99,7 @@ class BiasedHead(RegressionHead):
         holdout: float = 0.1,
         gate_epochs: int = 3,
         normalize: bool = False,
-        engine: Literal["auto", "torch", "faiss"] = "auto",
+        engine: Engine = "auto",
     ) -> None:
         spec: Mapping[str, Any] | None = (
             {"kind": "module", "dim": dim} if isinstance(projector, nn.Module) else projector

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..coding import ROTATION
+from ..index import Engine
 from .base import one_of, positive
 from .compressed import coding_of
 from .kernel_vote import KernelVoteHead
@@ -37,7 +38,8 @@ class ImpostorHead(KernelVoteHead):
         floor: smallest probability of a class.
         auxiliary: share of a dense layer's cross-entropy in `loss`, see `KernelVoteHead`; 0 is the paper's own loss.
         normalize: scale embeddings to unit length.
-        engine: see `nnheads.index.build_index`.
+        engine: neighbour search. Exact: ``"auto"`` (default), ``"torch"``, ``"faiss"``; on CPUs approximate:
+            ``"ivf"``, ``"hnsw"``, ``"pq"``, exact below 5,000 centers. See `nnheads.index.build_index`.
         bytes_per_center, rotation, code_bits: compressed centers, see `coding_of`. Loose ones then follow their ties
             alone: steps of the vote are smaller than the cells of a code.
     """
@@ -55,7 +57,7 @@ class ImpostorHead(KernelVoteHead):
         floor: float = 1e-6,
         auxiliary: float = 0.75,
         normalize: bool = False,
-        engine: Literal["auto", "torch", "faiss"] = "auto",
+        engine: Engine = "auto",
         bytes_per_center: int | None = None,
         rotation: str = ROTATION,
         code_bits: Literal[4, 8] = 8,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import kernel_log_weights, kernel_neuron, nearest_sigma, squared_distances
+from ..index import Engine
 from .base import positive
 from .evidence import Neighbors
 from .memory_head import MemoryHead
@@ -35,7 +36,8 @@ class KernelHead(MemoryHead):
         center_lr: step size of centers that do not track, as a share of the way to the samples that pull; 0 keeps them.
         track: whether a training step moves the centers of its batch to their new embeddings.
         normalize: scale embeddings to unit length.
-        engine: see `nnheads.index.build_index`.
+        engine: neighbour search. Exact: ``"auto"`` (default), ``"torch"``, ``"faiss"``; on CPUs approximate:
+            ``"ivf"``, ``"hnsw"``, ``"pq"``, exact below 5,000 centers. See `nnheads.index.build_index`.
     """
 
     differentiable = True
@@ -54,7 +56,7 @@ class KernelHead(MemoryHead):
         center_lr: float = 0.1,
         track: bool = True,
         normalize: bool = False,
-        engine: Literal["auto", "torch", "faiss"] = "auto",
+        engine: Engine = "auto",
     ) -> None:
         super().__init__(
             in_features,

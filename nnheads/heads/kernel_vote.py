@@ -10,6 +10,7 @@ from torch import Tensor
 from ..coding import Coding
 from ..errors import ConfigError
 from ..functional import class_log_probs, kernel_log_weights, squared_distances
+from ..index import Engine
 from .dense_objective import DenseObjective
 from .evidence import Neighbors
 from .memory_head import MemoryHead
@@ -55,7 +56,7 @@ class KernelVoteHead(MemoryHead):
         floor: float,
         auxiliary: float,
         normalize: bool,
-        engine: Literal["auto", "torch", "faiss"],
+        engine: Engine,
         columns: dict[str, int | Literal["classes"]] | None = None,
         coding: Coding | None = None,
     ) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..coding import ROTATION
 from ..errors import ConfigError
 from ..functional import Metric, Vote
+from ..index import Engine
 from .base import positive
 from .compressed import coding_of
 from .dense_objective import DenseObjective
@@ -33,7 +34,8 @@ class KNNHead(VotingHead):
         pca: project to this many principal components, fitted at each refresh on the samples stored then; the memory
             holds the projections, so a refresh must cover all of them. None for no projection.
         normalize: scale embeddings to unit length.
-        engine: see `nnheads.index.build_index`.
+        engine: neighbour search. Exact: ``"auto"`` (default), ``"torch"``, ``"faiss"``; on CPUs approximate:
+            ``"ivf"``, ``"hnsw"``, ``"pq"``, exact below 5,000 centers. See `nnheads.index.build_index`.
         bytes_per_center, rotation, code_bits: compressed centers, see `coding_of`.
     """
 
@@ -52,7 +54,7 @@ class KNNHead(VotingHead):
         pca: int | None = None,
         smoothing: float = 1.0,
         normalize: bool = False,
-        engine: Literal["auto", "torch", "faiss"] = "auto",
+        engine: Engine = "auto",
         bytes_per_center: int | None = None,
         rotation: str = ROTATION,
         code_bits: Literal[4, 8] = 8,

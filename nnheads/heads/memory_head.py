@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ..code_index import CodeIndex
 from ..coding import Coding
 from ..errors import EmptyMemoryError
 from ..functional import Metric, neighbor_distances
-from ..index import Index, build_index
+from ..index import Engine, Index, build_index
 from ..memory import ColumnWidth, Memory
 from .base import Head, one_of, positive, sample_ids
 from .evidence import Explanation, Neighbors, Scale, at_temperature, listing
@@ -34,7 +34,8 @@ class MemoryHead(Head):
         k: number of neighbours.
         metric: distance of the search.
         normalize: whether embeddings are scaled to unit length first, when stored and when asked.
-        engine: search engine, see `nnheads.index.build_index`.
+        engine: neighbour search. Exact: ``"auto"`` (default), ``"torch"``, ``"faiss"``; on CPUs approximate:
+            ``"ivf"``, ``"hnsw"``, ``"pq"``, exact below 5,000 centers. See `nnheads.index.build_index`.
         columns: further numbers stored with each row, see `Memory`.
         dim: width of the stored keys where it is not ``in_features``.
         coding: how keys are compressed, None for not at all; see `coding_of`.
@@ -52,7 +53,7 @@ class MemoryHead(Head):
         k: int,
         metric: Metric = "l2",
         normalize: bool = False,
-        engine: Literal["auto", "torch", "faiss"] = "auto",
+        engine: Engine = "auto",
         columns: Mapping[str, ColumnWidth] | None = None,
         dim: int | None = None,
         coding: Coding | None = None,
@@ -63,7 +64,7 @@ class MemoryHead(Head):
         self.k = k
         self.metric: Metric = metric
         self.normalize = normalize
-        self.engine: Literal["auto", "torch", "faiss"] = engine
+        self.engine: Engine = engine
         self.memory = Memory(dim or in_features, num_classes, columns, coding)
         self._refreshing = False
         self._index: Index | CodeIndex | None = build_index(engine, metric)

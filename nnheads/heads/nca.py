@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..functional import Vote, nca_loss
+from ..index import Engine
 from .base import one_of, positive
 from .evidence import Neighbors
 from .registry import register_head
@@ -33,7 +34,8 @@ class NCAHead(VotingHead):
         distance: ``"euclidean"`` (the paper) or ``"sqeuclidean"``.
         vote, sigma, smoothing: see `VotingHead`.
         normalize: scale embeddings to unit length.
-        engine: see `nnheads.index.build_index`.
+        engine: neighbour search. Exact: ``"auto"`` (default), ``"torch"``, ``"faiss"``; on CPUs approximate:
+            ``"ivf"``, ``"hnsw"``, ``"pq"``, exact below 5,000 centers. See `nnheads.index.build_index`.
         seed: of the balanced subset.
     """
 
@@ -50,7 +52,7 @@ class NCAHead(VotingHead):
         sigma: float | Literal["auto"] = "auto",
         smoothing: float = 1.0,
         normalize: bool = False,
-        engine: Literal["auto", "torch", "faiss"] = "auto",
+        engine: Engine = "auto",
         seed: int = 0,
     ) -> None:
         super().__init__(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..coding import ROTATION
+from ..index import Engine
 from .base import positive
 from .compressed import coding_of
 from .kernel_vote import KernelVoteHead
@@ -32,7 +33,8 @@ class NNGKHead(KernelVoteHead):
         floor: smallest probability of a class.
         auxiliary: share of a dense layer's cross-entropy in `loss`, see `KernelVoteHead`; 0 is the paper's own loss.
         normalize: scale embeddings to unit length.
-        engine: see `nnheads.index.build_index`.
+        engine: neighbour search. Exact: ``"auto"`` (default), ``"torch"``, ``"faiss"``; on CPUs approximate:
+            ``"ivf"``, ``"hnsw"``, ``"pq"``, exact below 5,000 centers. See `nnheads.index.build_index`.
         bytes_per_center, rotation, code_bits: compressed centers, see `coding_of`. Weights stay as they are.
     """
 
@@ -49,7 +51,7 @@ class NNGKHead(KernelVoteHead):
         floor: float = 1e-6,
         auxiliary: float = 0.75,
         normalize: bool = False,
-        engine: Literal["auto", "torch", "faiss"] = "auto",
+        engine: Engine = "auto",
         bytes_per_center: int | None = None,
         rotation: str = ROTATION,
         code_bits: Literal[4, 8] = 8,

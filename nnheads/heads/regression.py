@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import kernel_log_weights, squared_distances
+from ..index import Engine
 from .base import one_of, positive
 from .gate import per_class_rank
 from .memory_head import MemoryHead
@@ -47,7 +48,8 @@ class RegressionHead(MemoryHead):
         sigma: width of the kernel: a number or ``"auto"``, chosen at each refresh.
         per_class: samples of each class that a refresh keeps as centers; None keeps all.
         normalize: scale projections to unit length.
-        engine: see `nnheads.index.build_index`.
+        engine: neighbour search. Exact: ``"auto"`` (default), ``"torch"``, ``"faiss"``; on CPUs approximate:
+            ``"ivf"``, ``"hnsw"``, ``"pq"``, exact below 5,000 centers. See `nnheads.index.build_index`.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class RegressionHead(MemoryHead):
         sigma: float | Literal["auto"],
         per_class: int | None,
         normalize: bool,
-        engine: Literal["auto", "torch", "faiss"],
+        engine: Engine,
     ) -> None:
         if projected >= in_features:
             raise ConfigError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..coding import Coding
 from ..errors import ConfigError
 from ..functional import Metric, Vote, neighbor_distances, smoothed_share, vote_log_weights
+from ..index import Engine
 from .base import one_of, positive
 from .evidence import Neighbors
 from .memory_head import MemoryHead
@@ -46,7 +47,7 @@ class VotingHead(MemoryHead):
         smoothing: float,
         metric: Metric = "l2",
         normalize: bool = False,
-        engine: Literal["auto", "torch", "faiss"] = "auto",
+        engine: Engine = "auto",
         dim: int | None = None,
         coding: Coding | None = None,
     ) -> None:
