@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nnheads.attach import attach_head
 from nnheads.backbones import build_backbone
-from nnheads.benchmarks.datasets import ImageData, load_dataset
+from nnheads.benchmarks.datasets import ImageData, load_dataset, load_images
 from nnheads.benchmarks.plots import save_figure
 from nnheads.benchmarks.results import device_name, versions, write_json
 from nnheads.data import ImageSet
@@ -85,7 +85,7 @@ def measure(
     head = gated.gated_head()
     plain, own = evaluate(dense, data.test), evaluate(gated, data.test)
     skipped = _gates(gated, data.test.images) >= head.gate.threshold
-    sweep = sweep_threshold(gated, data.test, timed_batches=2, rounds=2, precision="float32")
+    sweep = sweep_threshold(gated, data.test, timed_batches=2, rounds=min(2, rounds), precision="float32")
     return {
         "flops": {**asdict(flops), "share_of_f2": flops.second / (flops.first + flops.second)},
         "dense_accuracy": plain.accuracy,
@@ -114,7 +114,7 @@ def unexpected(dense: HeadedModel, gated: HeadedModel, test: ImageSet, data_dir:
     Args:
         dense: the plain network, whose likeliest probability is the rival score.
         gated: the gated network.
-        test: images of the network's own data set.
+        test: test images of the network's own data set; ``OTHER`` of them are drawn.
         data_dir: where the other data sets are; those that are missing are left out.
 
     Returns:
@@ -131,11 +131,12 @@ def unexpected(dense: HeadedModel, gated: HeadedModel, test: ImageSet, data_dir:
             found[name] = answers.log_probs.amax(1).exp()
         return found
 
-    inside = scores(test.images)
-    rows = [{"data": "own test images", "images": len(test), **_gate_facts(gated, inside["gate"])}]
-    for name, images in _others(test, data_dir).items():
+    own = _some(test)
+    inside = scores(own.images)
+    rows = [{"data": "own test images", "images": len(own), **_gate_facts(gated, inside["gate"])}]
+    for name, images in _others(test, own, data_dir).items():
         outside = scores(images)
-        truth = torch.cat([torch.ones(len(test)), torch.zeros(len(images))]).numpy()
+        truth = torch.cat([torch.ones(len(own)), torch.zeros(len(images))]).numpy()
         areas = {
             f"auroc_{score}": float(roc_auc_score(truth, torch.cat([inside[score], outside[score]]).double().numpy()))
             for score in inside
@@ -171,24 +172,27 @@ def _some(test: ImageSet) -> ImageSet:
     return test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:OTHER])
 
 
-def _others(test: ImageSet, data_dir: Path | None) -> dict[str, Tensor]:
-    """Test images of other data sets in the size of these, and noise."""
-    channels, height, width = test.images.shape[1:]
+def _others(test: ImageSet, own: ImageSet, data_dir: Path | None) -> dict[str, Tensor]:
+    """Test images of other data sets than ``test``, in its size, and noise like the images drawn from it."""
     generator = torch.Generator().manual_seed(0)
-    shape = (len(test), channels, height, width)
+    shape = own.images.shape
+    _, channels, height, width = shape
     found = {}
     for name in ("cifar100", "cifar10", "mnist"):
         try:
-            other = load_dataset(name, data_dir).test.images if data_dir is not None else None
+            other = load_images(name, data_dir, train=False).images if data_dir is not None else None
         except Exception:  # not there: the table says which were
             continue
-        if other is None or torch.equal(other[:2], test.images[:2]):
+        if other is None:
             continue
-        other = other[torch.randperm(len(other), generator=generator)[:OTHER]]
+        drawn = torch.randperm(len(other), generator=generator)[:OTHER]
+        if torch.equal(other[:2], test.images[:2]):  # the network's own data set
+            continue
+        other = other[drawn]
         resized = torch.nn.functional.interpolate(other.float(), (height, width), mode="bilinear", antialias=True)
         found[name] = resized.round().clamp(0, 255).to(torch.uint8).expand(-1, channels, -1, -1).contiguous()
     found["uniform noise"] = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    images = test.images[: shape[0]].float()
+    images = own.images.float()
     mean, std = images.mean((0, 2, 3), keepdim=True), images.std((0, 2, 3), keepdim=True)
     noise = mean + std * torch.randn(shape, generator=generator)
     found["Gaussian noise, the images' mean and deviation"] = noise.round().clamp(0, 255).to(torch.uint8)
@@ -270,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=5000, help="training images that only choose the threshold")
     parser.add_argument("--per-class", type=int, default=500, help="centers of each class")
     parser.add_argument("--tolerance", type=float, default=0.005)
+    parser.add_argument("--rounds", type=int, default=5, help="of timing; medians are reported")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dense", type=Path, help="a saved dense network, trained without the held-out images")
     parser.add_argument("--gated", type=Path, help="the saved gated network of an earlier run: only measure it")
@@ -318,8 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seed": given.seed,
         "recipe": RECIPE,
         "head": gated.head.config(),
-        **measure(data, dense, gated),
-        "unexpected": unexpected(dense, gated, _some(data.test), given.data_dir),
+        **measure(data, dense, gated, rounds=given.rounds),
+        "unexpected": unexpected(dense, gated, data.test, given.data_dir),
         "versions": versions(),
         "device": device_name(gated.device),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,20 +11,23 @@ import torch
 
 from nnheads.benchmarks import gate, gate_attacks
 from nnheads.benchmarks.datasets import load_dataset
-from nnheads.errors import ConfigError
+from nnheads.data import ImageSet
+from nnheads.errors import ConfigError, DataError
+from nnheads.io import load
 
 
 def flags(**given: object) -> list[str]:
     return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
+COMMON = {"dataset": "digits", "held_out": 400, "per_class": 20, "tolerance": 0.02, "rounds": 1}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gate")
-    gate.main(
-        flags(dataset="digits", backbone="convnet", at="bn1", held_out=200, epochs=3, gate_epochs=2, per_class=20)
-        + flags(tolerance=0.02, models=folder / "models", out=folder)
-    )
+    trained = flags(backbone="convnet", at="bn1", epochs=6, gate_epochs=2)
+    gate.main(flags(models=folder / "models", out=folder, **COMMON) + trained)
     return folder
 
 
@@ -47,23 +51,51 @@ def test_it_measures_what_skips_what_it_costs_and_what_it_saves(folder: Path) ->
 def test_a_saved_pair_is_measured_again_without_training(folder: Path, tmp_path: Path) -> None:
     models = folder / "models"
     saved = flags(dense=models / "dense", gated=models / "gated")
-    gate.main(flags(dataset="digits", held_out=200, per_class=20, tolerance=0.02, out=tmp_path) + saved)
+    gate.main(flags(out=tmp_path, **COMMON) + saved)
     first, again = (json.loads((each / "gate.json").read_text(encoding="utf-8")) for each in (folder, tmp_path))
     assert again["accuracy"] == first["accuracy"]
     assert again["gate_seconds"] is None
+
+
+def test_other_data_are_compared_and_the_own_data_set_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = load_dataset("digits").test
+    inverted = replace(test, images=255 - test.images)
+    found = {"cifar100": inverted, "cifar10": test}
+
+    def load_images(name: str, data_dir: Path, *, train: bool) -> ImageSet:
+        if name not in found:
+            raise DataError("not here")
+        return found[name]
+
+    monkeypatch.setattr(gate, "load_images", load_images)
+    monkeypatch.setattr(gate, "OTHER", 50)
+    dense, gated = (load(folder / "models" / name) for name in ("dense", "gated"))
+    rows = gate.unexpected(dense, gated, test, Path("data"))
+    names = [row["data"] for row in rows]
+    assert names == ["own test images", "cifar100", "uniform noise", "Gaussian noise, the images' mean and deviation"]
+    assert all(row["images"] == 50 for row in rows)
+    assert all(row["mean_gate"] < rows[0]["mean_gate"] for row in rows[1:])
 
 
 def test_attacks_leave_accuracies_and_queries(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("foolbox")
     models = folder / "models"
     saved = flags(dense=models / "dense", gated=models / "gated", surrogate=models / "dense")
-    gate_attacks.main(flags(dataset="digits", transfer_images=40, query_images=4, out=tmp_path) + saved)
+    small = flags(dataset="digits", transfer_images=20, query_images=4, query_steps=1)
+    gate_attacks.main(flags(out=tmp_path) + small + saved)
     found = json.loads((tmp_path / "attacks.json").read_text(encoding="utf-8"))
     rows = found["transfer"]["rows"]
     assert rows[0]["surrogate"] == rows[0]["dense"]
     assert rows[-1]["surrogate"] < rows[0]["surrogate"]
     assert [row["model"] for row in found["query"]["rows"]] == ["dense", "gated"]
     assert all(row["queries_per_image"] > 10 for row in found["query"]["rows"])
+
+
+def test_a_query_attack_with_nothing_to_start_from_is_an_error(folder: Path) -> None:
+    pytest.importorskip("foolbox")
+    one = load_dataset("digits").test.subset(torch.tensor([0]))
+    with pytest.raises(DataError, match="alike"):
+        gate_attacks.query({"dense": load(folder / "models" / "dense")}, one.images.float() / 255, one.labels)
 
 
 def test_images_held_out_are_not_trained_on() -> None:
