@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .coding import MIN_ROWS, Coder, Coding
+from ._coded_rows import QUANTIZER, CodedRows
+from ._rows import ColumnWidth
 from .errors import ShapeError
 
-#: Width of an extra column: 0 for one number a row, n for a vector of n, "classes" for one number a class.
-ColumnWidth = int | Literal["classes"]
-
-_QUANTIZER: Final = "quantizer_"  # what the names of the codebooks' tensors begin with in a state dict
+__all__ = ["ColumnWidth", "Memory"]
 
 
-class Memory(nn.Module):
+class Memory(CodedRows):
     """Rows of (key, label, id), packed at the front of buffers that grow by doubling.
 
     Rows are positions and change when others are dropped (the last row moves into the hole); ids are for good. The
@@ -45,133 +42,6 @@ class Memory(nn.Module):
         ids: (capacity,) int64.
         active: (capacity,) bool, True for the rows that hold a sample; not saved, it is the first ``len(memory)``.
     """
-
-    keys: Tensor
-    codes: Tensor
-    active: Tensor
-    labels: Tensor
-    ids: Tensor
-    soft_row: Tensor
-    soft: Tensor
-
-    def __init__(
-        self,
-        dim: int,
-        num_classes: int,
-        columns: Mapping[str, ColumnWidth] | None = None,
-        coding: Coding | None = None,
-    ) -> None:
-        super().__init__()
-        self.dim = dim
-        self.num_classes = num_classes
-        self.columns: dict[str, ColumnWidth] = dict(columns or {})
-        self.register_buffer("keys", torch.zeros(0, dim))
-        self.coder = None if coding is None else Coder(coding, dim)
-        if self.coder is not None:
-            self.register_buffer("codes", torch.zeros(0, 0, dtype=torch.uint8))
-        self._expanded = False  # until `compress`, rows are kept as they come
-        self._came: list[Tensor] = []  # ids of those that came since
-        self.register_buffer("active", torch.zeros(0, dtype=torch.bool), persistent=False)
-        self.register_buffer("labels", torch.zeros(0, dtype=torch.long))
-        self.register_buffer("ids", torch.zeros(0, dtype=torch.long))
-        # Row of `soft` that holds the soft label of a row; -1 where the label is the one given.
-        self.register_buffer("soft_row", torch.zeros(0, dtype=torch.long))
-        self.register_buffer("soft", torch.zeros(0, num_classes))
-        for name, width in self.columns.items():
-            self.register_buffer(f"column_{name}", torch.zeros(0, *self._column_shape(width)))
-        self._count = 0
-        self._next_id = 0
-        self._sorted: tuple[Tensor, Tensor] | None = None  # ids in order and their rows
-        self._changed: list[Tensor] | None = None  # rows changed since taken; None: all of them
-        #: Identity of the keys of which `keys` is a longer copy, since `take_changes`; None where it is no such copy.
-        self.grown_from: int | None = None
-        #: Goes up whenever rows move, enter or leave; a row number is meaningful while it stays the same.
-        self.layout = 0
-
-    # ---- reading -------------------------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        """Number of samples held."""
-        return self._count
-
-    @property
-    def capacity(self) -> int:
-        """Rows the buffers have room for before they grow."""
-        return self.labels.shape[0]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the rows held: keys or codes and codebooks, labels, ids, soft labels and columns; what a state dict
-        holds."""
-        return sum(t.numel() * t.element_size() for t in self._filled().values())
-
-    @property
-    def coded(self) -> bool:
-        """Whether keys are kept as codes now."""
-        return self.coder is not None and self.codes.shape[1] > 0
-
-    @torch.no_grad()
-    def keys_at(self, rows: Tensor) -> Tensor:
-        """Keys of rows (...,) int64 as (..., d), decoded where they are codes. Row -1 gives any."""
-        safe = rows.clamp_min(0)
-        if self.coder is None or not self.coded:
-            return self.keys[safe]
-        return self.coder.decode(self.codes[safe]).to(self.keys.dtype)
-
-    def keys_as_they_came(self, count: int) -> tuple[Tensor, Tensor]:
-        """Ids (n,) and keys (n, d) of at most ``count`` samples, of a memory with a coding: of those whose key came
-        since `expand`, or else lately, and is known as it came, no decoded code. None after `compress`.
-        """
-        if self.coder is not None and self.coded:
-            ids, keys = self.coder.recent()
-            return ids[-count:], keys[-count:].to(self.keys.dtype)
-        rows = self.rows_of(torch.cat([self.ids[:0], *self._came]).unique())
-        rows = rows[rows >= 0]
-        rows = rows[torch.linspace(0, max(0, len(rows) - 1), min(len(rows), count), device=rows.device).long()]
-        return self.ids[rows], self.keys[rows]
-
-    def all_keys(self) -> Tensor:
-        """Keys (len, d) of all samples held, decoded where they are codes."""
-        return self.keys_at(torch.arange(self._count, device=self.ids.device))
-
-    def column(self, name: str) -> Tensor:
-        """The (capacity, ...) buffer of an extra column, to be read or written by row."""
-        return self.get_buffer(f"column_{name}")
-
-    def rows_of(self, ids: Tensor) -> Tensor:
-        """Row of each id, any shape, int64; -1 where the id is not held."""
-        if self._count == 0:
-            return torch.full_like(ids, -1)
-        if self._sorted is None or self._sorted[0].device != self.ids.device:
-            order = self.ids[: self._count].argsort()
-            self._sorted = (self.ids[order], order)
-        known, rows = self._sorted
-        ids = ids.to(known.device).contiguous()
-        at = torch.searchsorted(known, ids).clamp_max(self._count - 1)
-        return torch.where(known[at] == ids, rows[at], -1)
-
-    def values_at(self, rows: Tensor) -> Tensor:
-        """Label of each row as a distribution over the classes: (...,) int64 -> (..., C). Row -1 gives zeros."""
-        safe = rows.clamp_min(0)
-        values = F.one_hot(self.labels[safe], self.num_classes).to(self.keys.dtype)
-        if len(self.soft):
-            at = self.soft_row[safe]
-            values = torch.where((at >= 0).unsqueeze(-1), self.soft[at.clamp_min(0)], values)
-        return values * (rows >= 0).unsqueeze(-1)
-
-    def share_of(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """What each class has of the weights (B, k) of rows (B, k), as (B, C); row -1 gives nothing to any."""
-        if len(self.soft):
-            return torch.einsum("bk,bkc->bc", weights, self.values_at(rows).to(weights.dtype))
-        share = weights.new_zeros(len(rows), self.num_classes)
-        return share.scatter_add_(1, self.labels[rows.clamp_min(0)], weights * (rows >= 0))
-
-    def take_changes(self) -> Tensor | None:
-        """Rows whose key changed, or that entered or left, since the last call; None stands for all of them."""
-        changed, self._changed, self.grown_from = self._changed, [], None
-        if changed is None:
-            return None
-        return torch.cat(changed).unique() if changed else self.labels.new_zeros(0)
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
@@ -244,35 +114,6 @@ class Memory(nn.Module):
         self._put(rows, keys.to(self.keys.dtype))
         self.touch(rows)
         self._tend()
-
-    @torch.no_grad()
-    def expand(self) -> None:
-        """Keep keys as they come until `compress`, as they are about to be written anew; nothing without a coding."""
-        if self.coder is None:
-            return
-        if self.coded:
-            keys = self.keys.new_zeros(self.capacity, self.dim)
-            keys[: self._count] = self.all_keys()
-            self._hold(keys, self.codes.new_zeros(0, 0))
-        self._expanded, self._came = True, []
-
-    @torch.no_grad()
-    def compress(self) -> None:
-        """Turn keys into codes; nothing without a coding. Codebooks that do not fit any more are trained anew."""
-        if self.coder is None:
-            return
-        self._expanded, self._came = False, []
-        if self.coded:
-            if self.coder.outdated():
-                self._retrain()
-        elif self._count >= MIN_ROWS:
-            keys = self.keys[: self._count]
-            if not self.coder.fits(keys):
-                self.coder.fit(keys)
-            self._encode(keys)
-        elif self._count:
-            self.coder.too_few(self._count)
-        self.coder.forget_recent()
 
     @torch.no_grad()
     def drop(self, ids: Tensor) -> None:
@@ -354,68 +195,6 @@ class Memory(nn.Module):
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
-    def _column_shape(self, width: ColumnWidth) -> tuple[int, ...]:
-        if width == "classes":
-            return (self.num_classes,)
-        return (width,) if width else ()
-
-    def _row_buffers(self) -> list[str]:
-        keys = "codes" if self.coded else "keys"
-        return [keys, "labels", "ids", "soft_row", *(f"column_{name}" for name in self.columns)]
-
-    def _filled(self) -> dict[str, Tensor]:
-        filled = {name: self.get_buffer(name)[: self._count] for name in self._row_buffers()}
-        if self.coder is not None:
-            filled |= {"keys": self.keys[: self._count], "codes": self.codes[: self._count]}
-            filled |= {_QUANTIZER + name: tensor for name, tensor in self.coder.state().items()}
-        return {**filled, "soft": self.soft}
-
-    def _put(self, rows: Tensor, keys: Tensor) -> None:
-        """Write keys (n, d), as codes where keys are codes."""
-        if self.coder is None or not self.coded:
-            self.keys[rows] = keys
-            if self._expanded:
-                self._came.append(self.ids[rows])
-            return
-        self.codes[rows] = self.coder.encode(keys)
-        self.coder.note(self.ids[rows], keys)
-
-    def _tend(self) -> None:
-        """After rows were written: compress them, or train the codebooks anew, where it is time."""
-        if self.coder is None or self._expanded:
-            return
-        if not self.coded and self._count >= MIN_ROWS:
-            keys = self.keys[: self._count]
-            self.coder.fit(keys)
-            self.coder.note(self.ids[: self._count], keys)
-            self._encode(keys)
-        elif self.coder.due(self._count):
-            self._retrain()
-
-    def _retrain(self) -> None:
-        """Codebooks for the embeddings as they are now. Rows written lately are encoded as they came, others as they
-        were decoded."""
-        assert self.coder is not None
-        keys = self.all_keys()
-        ids, recent = self.coder.recent()
-        rows = self.rows_of(ids)
-        keys[rows[rows >= 0]] = recent[rows >= 0].to(keys.dtype)
-        # Where most rows are stale, what was written lately is what the next will be like.
-        fresh = len(recent) >= max(2**self.coder.coding.bits * 8, self._count // 16)
-        self.coder.fit(recent if fresh else keys, self._count)
-        self._encode(keys)
-
-    def _encode(self, keys: Tensor) -> None:
-        assert self.coder is not None
-        codes = self.coder.encode(keys)
-        buffer = codes.new_zeros(self.capacity, codes.shape[1])
-        buffer[: self._count] = codes
-        self._hold(self.keys.new_zeros(0, self.dim), buffer)
-
-    def _hold(self, keys: Tensor, codes: Tensor) -> None:
-        self.keys, self.codes = keys, codes
-        self._changed = None
-
     def _checked(self, keys: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         if keys.dim() != 2 or keys.shape[1] != self.dim:
             raise ShapeError(f"memory: keys must be (n, {self.dim}), got {tuple(keys.shape)}")
@@ -439,51 +218,6 @@ class Memory(nn.Module):
     def _check_soft(self, values: Tensor) -> None:
         if not bool((values >= -1e-4).all()) or not bool(((values.sum(-1) - 1).abs() < 1e-3).all()):
             raise ShapeError("memory: each soft label must be 0 or more and sum to one")
-
-    def _known_rows(self, ids: Tensor) -> Tensor:
-        rows = self.rows_of(ids)
-        missing = ids[rows < 0]
-        if len(missing):
-            named = ", ".join(str(int(i)) for i in missing[:5]) + (", ..." if len(missing) > 5 else "")
-            raise ShapeError(f"memory: no sample with id {named} among the {self._count} held")
-        return rows
-
-    def _grow(self, needed: int) -> None:
-        if needed <= self.capacity:
-            return
-        capacity = max(needed, 2 * self.capacity)
-        if self.grown_from is None:
-            self.grown_from = id(self.keys)
-        for name in self._row_buffers():
-            old = self.get_buffer(name)
-            new = old.new_full((capacity, *old.shape[1:]), -1 if name == "soft_row" else 0)
-            new[: self._count] = old[: self._count]
-            setattr(self, name, new)
-        self.active = torch.arange(capacity, device=self.keys.device) < self._count
-
-    def _forget_soft(self, rows: Tensor) -> None:
-        if not len(self.soft):
-            return
-        self.soft_row[rows] = -1
-        held = self.soft_row[: self._count]
-        used = held >= 0
-        self.soft = self.soft[held[used]]  # only what is still referred to stays, so that nothing dropped is saved
-        held[used] = torch.arange(int(used.sum()), device=held.device)
-
-    def touch(self, rows: Tensor) -> None:
-        """Say that the keys of rows (n,) were changed in place, so that an index follows."""
-        if self._changed is not None:
-            self._changed.append(rows)
-
-    def _moved(self) -> None:
-        self._sorted = None
-        self.layout += 1
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Memory:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.coder is not None:
-            self.coder.to(self.keys.device)
-        return self
 
     # ---- state ---------------------------------------------------------------------------------------------------
 
@@ -522,9 +256,9 @@ class Memory(nn.Module):
             setattr(self, name, tensor.detach().to(self.get_buffer(name), copy=True))
         self._count, self._expanded = len(self.labels), False
         self._came = []
-        quantizer = [key for key in state_dict if key.startswith(prefix + _QUANTIZER)]
+        quantizer = [key for key in state_dict if key.startswith(prefix + QUANTIZER)]
         if self.coder is not None:
-            state = {key.removeprefix(prefix + _QUANTIZER): state_dict[key].detach().clone() for key in quantizer}
+            state = {key.removeprefix(prefix + QUANTIZER): state_dict[key].detach().clone() for key in quantizer}
             self.coder.load_state(state, self.keys.device)
             if not codes:
                 self.codes = self.codes.new_zeros(0, 0)
