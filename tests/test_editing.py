@@ -20,7 +20,7 @@ from nnheads.benchmarks.comparison import head_variant
 from nnheads.benchmarks.datasets import ImageData, load_dataset
 from nnheads.benchmarks.forget_cost import measure
 from nnheads.errors import CheckpointError, ConfigError, DataError, ShapeError
-from nnheads.heads import MemoryHead, head_class
+from nnheads.heads import MemoryHead, build_head, head_class
 from nnheads.thumbnails import Thumbnails
 
 MEMORY_HEADS = [name for name in list_heads() if head_class(name).uses_memory]
@@ -298,3 +298,13 @@ def test_what_forgetting_costs() -> None:
     assert set(found["heads"]) == set(MEMORY_HEADS)
     for times in found["heads"].values():
         assert 0 < times["both_seconds"] <= times["both_seconds_largest"] < 1
+
+
+def test_a_label_far_beyond_the_classes_is_a_mistake() -> None:
+    head = build_head("nngk", 4, 3)
+    with pytest.raises(ShapeError, match="label 10000000 is far beyond the 3 classes"):
+        head.add(torch.zeros(1, 4), torch.tensor([10**7]))
+    with pytest.raises(ShapeError, match="labels must be a tensor, got list"):
+        head.add(torch.zeros(1, 4), [1])
+    assert head.num_classes == 3
+    assert len(head.memory) == 0

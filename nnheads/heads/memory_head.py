@@ -14,13 +14,16 @@ from torch import Tensor
 
 from ..code_index import CodeIndex
 from ..coding import Coding
-from ..errors import EmptyMemoryError
+from ..errors import EmptyMemoryError, ShapeError
 from ..functional import Metric, neighbor_distances
 from ..index import Engine, Index, build_index
 from ..memory import ColumnWidth, Memory
 from .base import Head, one_of, positive, sample_ids
 from .evidence import Explanation, Neighbors, Scale, at_temperature, listing
 from .outliers import OutlierScore, outlier_scores
+
+MAX_NEW_CLASSES: Final = 10_000
+"""Most classes that one call adds: a label beyond is a mistake (an id, a pixel), not a wish for that many columns."""
 
 _SAMPLED: Final = 1024  # stored samples that a width is chosen from
 
@@ -105,27 +108,40 @@ class MemoryHead(Head):
         self.memory.compress()
 
     def add(self, z: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Store samples without any training.
+        """Store samples without any training; images are for ``model.add``.
 
         Args:
             z: (n, d) embeddings.
-            y: (n,) int64 labels, or (n, C) soft labels; an unseen class widens the head.
+            y: (n,) int64 labels, or (n, C) soft labels; an unseen class widens the head, by `MAX_NEW_CLASSES` at most.
             ids: (n,) int64 ids; new ones by default.
 
         Returns:
             (n,) the ids.
 
         Raises:
-            ShapeError: a wrong size, a NaN or a negative label; the memory is unchanged then.
+            ShapeError: a wrong size, a NaN, or a label that is negative or far beyond the classes there are; the
+                memory is unchanged then.
         """
+        for name, given in (("embeddings", z), ("labels", y), *((("ids", ids),) if ids is not None else ())):
+            if not isinstance(given, Tensor):
+                raise ShapeError(f"head {self.name!r}: {name} must be a tensor, got {type(given).__name__}")
         z = self._check(z.detach())
         self._check_labels(y, len(z), seen=False)
+        most = self.num_classes + MAX_NEW_CLASSES
+        if y.dim() == 1 and len(y) and int(y.max()) >= most:
+            raise ShapeError(
+                f"head {self.name!r}: label {int(y.max())} is far beyond the {self.num_classes} classes there are; "
+                f"new ones are numbered from {self.num_classes}"
+            )
         held = self.memory.add(self._embed(z), y, ids)
         self.widen(self.memory.num_classes)
         return held
 
     def drop(self, ids: Tensor | Sequence[int] | int) -> None:
-        """Forget samples by id, at once and without training; an unknown id is named and nothing is changed."""
+        """Forget samples by id, at once and without training; an unknown id is named and nothing is changed.
+
+        Thumbnails of theirs stay with the model, unsaved: ``model.drop`` takes them as well.
+        """
         self.memory.drop(sample_ids(ids))
         self._sampled = None  # may hold keys of theirs
 
