@@ -192,6 +192,7 @@ def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) 
         weight_decay=recipe.weight_decay,
         augment=recipe.augment,
         device=config.device,
+        compile=config.compile,
         seed=cell.seed,
         progress=step,
     )

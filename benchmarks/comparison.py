@@ -120,6 +120,7 @@ class CompareConfig:
         weights: start from the weights in this file; see `nnheads.weights.load_weights`.
         freeze: leave the backbone as it is and train heads alone.
         image_size: side of the images in pixels, to which they are resized; None for the data set's own.
+        compile: train with the backbone compiled, see `nnheads.fit`.
         ood: a data set whose test images heads are to tell from those of ``dataset``; None for none.
     """
 
@@ -137,6 +138,7 @@ class CompareConfig:
     freeze: bool = False
     image_size: int | None = None
     ood: str | None = None
+    compile: bool = False
 
     def recipe(self) -> Recipe:
         """The training on ``dataset``: its defaults, and what the user set."""
@@ -161,6 +163,7 @@ class CompareConfig:
             "freeze": self.freeze or None,
             "image_size": self.image_size,
             "ood": self.ood,
+            "compile": self.compile or None,
         }
         return {"dataset": self.dataset, **asdict(self.recipe()), **shared, **start}
 

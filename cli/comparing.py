@@ -62,6 +62,9 @@ def compare(
         str | None,
         typer.Option("--ood", metavar="NAME", help="Data set whose images heads are to tell from their own (AUROC)."),
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Train with the backbone compiled by torch.compile.")
+    ] = False,
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
     lr: Annotated[
@@ -138,6 +141,7 @@ def compare(
             "--freeze": freeze,
             "--image-size": image_size is not None,
             "--ood": ood is not None,
+            "--compile": compiled,
         }
         for option, given in on_dataset.items():
             if given:
@@ -171,6 +175,7 @@ def compare(
                 freeze=freeze,
                 image_size=image_size,
                 ood=ood,
+                compile=compiled,
             )
             config.check()
 

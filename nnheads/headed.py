@@ -59,6 +59,8 @@ class HeadedModel(nn.Module):
         # In training a model may return other things than in evaluation: each mode is checked once.
         self._checked_training = False
         self._checked_evaluation = False
+        # Inside a tuple, what runs in the backbone's stead is no child of this module.
+        self._run_by: tuple[Callable[[Tensor], Any], ...] = ()
 
     @property
     def in_features(self) -> int:
@@ -130,6 +132,10 @@ class HeadedModel(nn.Module):
         """
         return self.gated_head().gated(self.first_part(x), self.second_part, ids=ids)
 
+    def run_by(self, run: Callable[[Tensor], Any] | None) -> None:
+        """What runs in the backbone's stead, such as it compiled; None for the backbone. See `nnheads.compiling`."""
+        self._run_by = () if run is None else (run,)
+
     def cut(self, split: Split | None) -> None:
         """Cuts the backbone in two for the biased head; None makes it whole. ``attach_head`` does."""
         self._split = split
@@ -154,10 +160,10 @@ class HeadedModel(nn.Module):
         replaced = self.attached()
         checked = self._checked_training if self.backbone.training else self._checked_evaluation
         try:
-            output = self.backbone(x)
+            output = self._run_by[0](x) if self._run_by else self.backbone(x)
         except (RuntimeError, AttributeError, ValueError, TypeError) as error:
             reached = [entry.tap.take() is not None for entry in replaced]
-            if checked or not any(reached) or isinstance(error, torch.OutOfMemoryError):
+            if checked or not any(reached) or isinstance(error, torch.OutOfMemoryError | ConfigError):
                 raise
             raise AttachError(self._not_the_classifier(f"the model fails behind it ({_first_line(error)})")) from error
         seen = [entry.tap.take() for entry in replaced]
@@ -307,7 +313,9 @@ class HeadedModel(nn.Module):
             for batch in loader:
                 x, y, ids = unpack(batch, loader, position)
                 position += len(y)
-                z = distributed.features(self, x.to(device))
+                with torch.inference_mode():
+                    z = distributed.features(self, x.to(device))
+                z = z.clone()  # an ordinary tensor: the head may keep what it is given
                 self.head.memorize(z, y.to(device), ids=ids.to(device))
             self.head.refreshed()
         return self

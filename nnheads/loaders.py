@@ -142,6 +142,7 @@ def training_batches(data: Data, target: Target, *, batch_size: int, augment: st
             shuffle=True,
             drop_last=count > batch_size and count % batch_size == 1,
             generator=torch.Generator().manual_seed(seed),
+            pin_memory=target.device.type == "cuda",
         )
         return Batches(loader, target, augmentation, seed)
     return Batches(_iterable(data), target, augmentation, seed)
@@ -180,7 +181,8 @@ def ordered_batches(data: Data, target: Target, *, batch_size: int = 512, most: 
         )
         return Batches(same, target)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return Batches(DataLoader(_with_ids(data), batch_size, sampler=_order(data, most)), target)
+        pin = target.device.type == "cuda"
+        return Batches(DataLoader(_with_ids(data), batch_size, sampler=_order(data, most), pin_memory=pin), target)
     return Batches(_iterable(data), target)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, final
 
@@ -69,7 +70,7 @@ class Preprocessing:
                 f"preprocessing: images must be uint8 (B, {', '.join(map(str, expected))}), "
                 f"not {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
             )
-        scale, shift = self._affine(images.device)
+        scale, shift = _affine(self.mean, self.std, images.device)
         x = images.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale).add_(shift)
         # reordering last is measured several times faster than normalising in channels-last order
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
@@ -130,12 +131,15 @@ class Preprocessing:
                 f"preprocessing: needs size, channels, mean and std, not {fields!r} ({error!r})"
             ) from None
 
-    def _affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        # (x / 255 - mean) / std as one multiplication and one addition
-        std = torch.tensor(self.std, dtype=torch.float64)
-        scale = (1 / (255 * std)).float().view(1, -1, 1, 1)
-        shift = (-torch.tensor(self.mean, dtype=torch.float64) / std).float().view(1, -1, 1, 1)
-        return scale.to(device), shift.to(device)
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(x / 255 - mean) / std as a product and a sum; kept, for each copy to a GPU would make it wait."""
+    deviation = torch.tensor(std, dtype=torch.float64)
+    scale = (1 / (255 * deviation)).float().view(1, -1, 1, 1)
+    shift = (-torch.tensor(mean, dtype=torch.float64) / deviation).float().view(1, -1, 1, 1)
+    return scale.to(device), shift.to(device)
 
 
 def _shift_and_flip(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from nnheads import distributed
+from nnheads.compiling import compiling
 from nnheads.data import ImageSet
 from nnheads.devices import Precision, resolve_device
 from nnheads.errors import ConfigError, DataError
@@ -45,6 +46,7 @@ def fit(
     precision: Precision = "auto",
     refresh: Literal["auto"] | int = "auto",
     ema: float | None = None,
+    compile: bool | str = False,
     seed: int = 0,
     progress: bool | Callable[[Progress], None] = True,
     checkpoint: str | Path | None = None,
@@ -80,6 +82,7 @@ def fit(
             After training there always is one, except where learned or fixed centers are to stay.
         ema: decay of an average of the weights, for instance 0.99; the averaged model is what is left, and embeds the
             memory. Batch-norm statistics are averaged likewise. The decay starts low and rises to the value given.
+        compile: train and embed with the backbone compiled, see `nnheads.evaluate`. What is saved is the plain one.
         seed: of order, augmentation and dropout.
         progress: a progress bar, or a line an epoch where there is no terminal, on stderr; or a function, called
             after each step; or False.
@@ -89,7 +92,7 @@ def fit(
         See `History`.
 
     Raises:
-        ConfigError: an option that cannot work, or the loss becomes NaN or infinite.
+        ConfigError: an option that cannot work, no compiler, or the loss becomes NaN or infinite.
         DataError: there are no samples, or a memory head gets a loader without ids.
         KeyboardInterrupt: on Ctrl-C, after the current step is finished, a usable memory made (centers are left as
             training has them; an empty memory gets 4,096 samples) and the checkpoint written. A second Ctrl-C ends at
@@ -110,6 +113,7 @@ def fit(
         reporter(progress) as report,
         InterruptFlag() as interrupt,
         distributed.data_parallel(model),
+        compiling(model, compile),
     ):
         torch.manual_seed(seed)
         run = TrainingRun(model, data, where, precision, lr, report, interrupt)

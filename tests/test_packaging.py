@@ -31,7 +31,7 @@ LAYERS: list[list[str]] = [
     ["nnheads.sharded"],
     ["nnheads.heads", "nnheads.data", "nnheads.batches", "nnheads.thumbnails"],
     ["nnheads.centers", "nnheads.headed", "nnheads.loaders"],
-    ["nnheads.cutting"],
+    ["nnheads.compiling", "nnheads.cutting"],
     ["nnheads.attach", "nnheads.averaging", "nnheads.evaluation", "nnheads.explain", "nnheads.page"],
     ["nnheads.io", "nnheads.weights", "nnheads.testing"],
     ["nnheads.editing", "nnheads.calibration"],

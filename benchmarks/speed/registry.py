@@ -52,6 +52,12 @@ BENCHES: dict[str, Bench] = {
             "twice as fast, batches of 128 and 1,000",
         ),
         Bench(
+            "embed",
+            "embedding_pass",
+            "nnheads.embed over CIFAR-10 images beside the bare network on batches that were prepared before",
+            "bound by the backbone alone: a ratio of at most 1.05",
+        ),
+        Bench(
             "updates",
             "updates",
             "adding and dropping 1,000 centers at a million",
