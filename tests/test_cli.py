@@ -312,7 +312,7 @@ def test_compare_prints_json_and_resumes(world: World) -> None:
     table = [line.split() for line in again.out.splitlines()]
     heading = next(row for row in table if row and row[0] == "head")
     assert " ".join(heading) == (
-        "head accuracy % log-loss ECE % parameters memory train s ms a sample agrees with dense %"
+        "head accuracy % log-loss ECE % ECE scaled % parameters memory train s ms a sample agrees with dense %"
     )
     dense = next(row for row in table if row and row[0] == "dense")
     assert dense[1] == f"{100 * summary['rows'][0]['accuracy']['mean']:.2f}"
