@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from nnheads.attach import attach_head
 from nnheads.backbones import build_backbone
 from nnheads.benchmarks.datasets import ImageData
-from nnheads.benchmarks.studies.study import Job
+from nnheads.benchmarks.studies.study import Job, Settings
 from nnheads.headed import HeadedModel
 from nnheads.training import History, Progress, fit
 from nnheads.weights import build_pretrained
 
 FIT = ("epochs", "batch_size", "lr", "optimizer", "weight_decay", "schedule", "augment", "refresh", "precision")
+
+SMALL_NETWORK: Final[Settings] = {
+    "dataset": "cifar10",
+    "form": None,
+    "backbone": "resnet9",
+    "backbone_options": {"width": 16},
+    "pretrained": False,
+    "optimizer": "adamw",
+    "lr": 3e-3,
+    "batch_size": 64,
+}
+"""What a study of fine-grained recognition takes below the scale ``paper``, in place of a pretrained network."""
 
 
 def headed_model(job: Job, data: ImageData, **options: Any) -> HeadedModel:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
-from nnheads.benchmarks.studies.head_training import trained_model
+from nnheads.benchmarks.studies.head_training import SMALL_NETWORK, trained_model
 from nnheads.benchmarks.studies.images import study_images
 from nnheads.benchmarks.studies.study import Cell, Entry, Form, Job, Outcome, Scale, Settings, Study, Table
 from nnheads.heads import MemoryHead, build_head
@@ -144,17 +144,6 @@ def _row(size: int | None) -> str:
     return "uncompressed" if size is None else f"{size} bytes"
 
 
-_SMALL: Final[dict[str, Any]] = {
-    "dataset": "cifar10",
-    "form": None,
-    "backbone": "resnet9",
-    "backbone_options": {"width": 16},
-    "pretrained": False,
-    "optimizer": "adamw",
-    "lr": 3e-3,
-    "batch_size": 64,
-}
-
 STUDY: Final = Study(
     name="impostor",
     title="centers that mimic samples, and what they weigh",
@@ -165,7 +154,7 @@ STUDY: Final = Study(
         "smoke": Scale(
             "digits in place of Birds-200, 300 images, 1 epoch of a small convolutional network.",
             {
-                **_SMALL,
+                **SMALL_NETWORK,
                 "dataset": "digits",
                 "backbone": "convnet",
                 "backbone_options": {"width": 8},
@@ -180,7 +169,7 @@ STUDY: Final = Study(
         "cpu": Scale(
             "CIFAR-10 in place of Birds-200: 5,000 training and 2,000 test images, 10 epochs of a ResNet-9 of width 16 "
             "from scratch.",
-            {**_SMALL, "train_images": 5_000, "test_images": 2_000, "epochs": 10},
+            {**SMALL_NETWORK, "train_images": 5_000, "test_images": 2_000, "epochs": 10},
             overrides=(("size-*", {"epochs": None}),),
         ),
         "paper": Scale("the folder birds-200/ of class folders, SqueezeNet 1.1 with published weights, 50 epochs."),

@@ -10,7 +10,7 @@ import torch
 
 from nnheads.analysis import retrieval
 from nnheads.benchmarks.datasets import ImageData
-from nnheads.benchmarks.studies.head_training import trained_model
+from nnheads.benchmarks.studies.head_training import SMALL_NETWORK, trained_model
 from nnheads.benchmarks.studies.images import study_images
 from nnheads.benchmarks.studies.study import Cell, Entry, Job, Outcome, Scale, Settings, Study, Table
 from nnheads.data import ImageSet
@@ -122,17 +122,6 @@ def _tables() -> Iterator[Table]:
         yield Table(name, title, tuple(more))
 
 
-_SMALL: Final[Settings] = {
-    "dataset": "cifar10",
-    "form": None,
-    "backbone": "resnet9",
-    "backbone_options": {"width": 16},
-    "pretrained": False,
-    "optimizer": "adamw",
-    "lr": 3e-3,
-    "batch_size": 64,
-}
-
 STUDY: Final = Study(
     name="nngk",
     title="nearest neighbour Gaussian kernels against a dense layer",
@@ -143,7 +132,7 @@ STUDY: Final = Study(
         "smoke": Scale(
             "digits in place of all data, 2 epochs of a small convolutional network.",
             {
-                **_SMALL,
+                **SMALL_NETWORK,
                 "dataset": "digits",
                 "backbone": "convnet",
                 "backbone_options": {"width": 8},
@@ -159,7 +148,7 @@ STUDY: Final = Study(
             "CIFAR-10 in place of Birds-200 (1,000 test images), a ResNet-9 of width 16 from scratch; retrieval "
             "among 50 classes of CIFAR-100 in place of Cars-196 after training on the other 50; neighbours, refresh "
             "and width on 2,000 images.",
-            {**_SMALL, "test_images": 1_000, "epochs": 10},
+            {**SMALL_NETWORK, "test_images": 1_000, "epochs": 10},
             overrides=(
                 ("samples-*", {"epochs": 60, "batch_size": 32}),
                 ("retrieval-*", {"dataset": "cifar100", "train_images": 5_000, "test_images": 2_000}),
