@@ -315,7 +315,8 @@ def _study(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
 
 
 def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:
-    process = _study(["--seeds", "0,1,2"], tmp_path)
+    # one thread, as this process has: sums in another order end in other numbers
+    process = _study(["--seeds", "0,1,2", "--threads", "1"], tmp_path)
     cells = tmp_path / "out" / "cells"
     until = time.monotonic() + 90
     while not list(cells.glob("*.json")) and time.monotonic() < until:
