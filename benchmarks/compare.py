@@ -200,6 +200,7 @@ def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) 
     found = evaluate(model, data.test, device=config.device)
     # Written before the results, whose file says that the configuration is finished.
     _write_array(cell.predictions, found.predictions.numpy().astype(np.int16))
+    scaled = cross_fitted(found)
     held = model.head.memory.bytes if isinstance(model.head, MemoryHead) else 0
     return {
         "dataset": config.dataset,
@@ -208,7 +209,8 @@ def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) 
         # JSON has no infinity, which a head that is certain and wrong can reach
         "log_loss": found.log_loss if math.isfinite(found.log_loss) else None,
         "ece": found.ece,
-        "ece_scaled": cross_fitted(found).ece,
+        "ece_scaled": scaled.ece,
+        "log_loss_scaled": scaled.log_loss,
         **_outliers(model, data, config),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "memory_bytes": int(held),

@@ -17,6 +17,7 @@ MEASURES: tuple[str, ...] = (
     "log_loss",
     "ece",
     "ece_scaled",
+    "log_loss_scaled",
     "auroc",
     "parameters",
     "memory_bytes",

@@ -50,7 +50,7 @@ def show_heads(summary: dict[str, Any]) -> None:
     shown = {name: form for name, form in _DATASET.items() if name != "auroc" or settings.get("ood")}
     screen.table("", *_fitting("head", rows, shown), text=_TEXT)
     _explain_spread(summary)
-    screen.line("ECE scaled: each half of the test images at the temperature that fits the other half")
+    screen.line("ECE scaled: each half of the test images calibrated on the other half")
     if settings.get("ood"):
         screen.line(f"AUROC: test images against those of {settings['ood']}, by distance or, for dense, by probability")
 

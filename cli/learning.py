@@ -90,6 +90,7 @@ def calibrate(
         "checkpoint": str(folder),
         "images": found.samples,
         "temperature": found.temperature,
+        "uniform_share": found.uniform_share,
         "outlier_threshold": found.outlier_threshold,
         "before": {"ece": found.before.ece, "log_loss": found.before.log_loss},
         "after": {"ece": found.after.ece, "log_loss": found.after.log_loss},
@@ -97,11 +98,12 @@ def calibrate(
     if as_json:
         screen.print_json(told)
         return
-    screen.line(f"temperature {found.temperature:.3f}, from {_count(found.samples, 'held-out image')}")
+    shared = f"{screen.percent(found.uniform_share)} % shared equally over all classes"
+    screen.line(f"temperature {found.temperature:.3f}, {shared}, from {_count(found.samples, 'held-out image')}")
     screen.line(
         f"expected calibration error {screen.percent(found.before.ece)} % -> {screen.percent(found.after.ece)} %, "
         f"log-loss {screen.number(found.before.log_loss)} -> {screen.number(found.after.log_loss)} "
-        "(each half at the temperature of the other)"
+        "(each half calibrated on the other)"
     )
     screen.line(f"unlike the training samples: beyond a score of {found.outlier_threshold:.4g}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,10 +54,6 @@ class Evaluation:
 
         wide = self._wide()
         return float(multiclass_calibration_error(wide.exp(), self.labels, wide.shape[1], n_bins=15, norm="l1"))
-
-    def at_temperature(self, temperature: float) -> Evaluation:
-        """The same with log-probabilities divided by a temperature, before they are normalized."""
-        return replace(self, log_probs=(self.log_probs / temperature).log_softmax(1))
 
     def _wide(self) -> Tensor:
         """The log-probabilities with a column for each label that occurs."""

@@ -83,6 +83,7 @@ class ImageEvidence:
         scale: what shares are parts of: ``"probability"`` or ``"logit"``.
         others: number of further samples that decided, and their weight together.
         rest: what the score of the predicted class has from elsewhere.
+        uniform_share: part of the probability that calibration shares equally over all classes.
         what_if: probability of each class without some samples, by name; None where not asked for.
         lost: weight, in the decision, of the samples left out.
         remarks: what else there is to say about it.
@@ -99,6 +100,7 @@ class ImageEvidence:
     what_if: Mapping[str, float] | None = None
     lost: float = 0.0
     remarks: tuple[str, ...] = ()
+    uniform_share: float = 0.0
 
     @property
     def predicted(self) -> str:
@@ -122,6 +124,7 @@ class ImageEvidence:
             ],
             "others": {"samples": self.others[0], "weight": self.others[1]},
             "rest": self.rest,
+            "shared_equally": self.uniform_share,
         }
         if self.what_if is not None:
             found["what_if"] = [{"class": name, "probability": p} for name, p in self.what_if.items()]
@@ -250,4 +253,5 @@ def _one(
         "scale": whole.scale,
         "others": (len(held[listed:]), sum(weights[at] for at in held[listed:])),
         "rest": float(whole.rest[row, winner]),
+        "uniform_share": whole.uniform_share,
     }

@@ -106,8 +106,10 @@ def _summary(image: ImageEvidence) -> str:
         parts.append(
             f"Contributions add up in logits; {_number(image.rest)} of that of {image.predicted} is from elsewhere."
         )
-    elif image.rest >= _LEAST:
-        parts.append(f"{_percent(image.rest)} of its probability is smoothing, not evidence.")
+    elif (smoothing := image.rest - image.uniform_share / len(image.all_classes)) >= _LEAST:
+        parts.append(f"{_percent(smoothing)} of its probability is smoothing, not evidence.")
+    if image.uniform_share >= _LEAST:
+        parts.append(f"{_percent(image.uniform_share)} is shared equally over all classes, by calibration.")
     return " ".join(parts)
 
 

@@ -330,15 +330,17 @@ def _explanation(name: str, options: dict[str, Any]) -> None:
 
 @_check
 def _calibration(name: str, options: dict[str, Any]) -> None:
-    """A temperature makes answers in evaluation more or less certain and changes none; outlier scores are finite."""
+    """Calibration makes answers in evaluation more or less certain and changes none; outlier scores are finite."""
     head, z, _, ids = _trained(name, options)
     plain = head(z)
-    for temperature in (0.5, 3.0):
-        head.set_temperature(temperature)
-        expected = (plain / temperature).log_softmax(-1)
-        _expect_same(head(z), expected, f"at temperature {temperature}", 1e-5)
+    for temperature, share in ((0.5, 0.0), (3.0, 0.0), (1.0, 0.1), (2.0, 0.02)):
+        head.set_temperature(temperature, share)
+        expected = ((1 - share) * (plain / temperature).softmax(-1) + share / plain.shape[-1]).log()
+        _expect_same(head(z), expected, f"at temperature {temperature}, {share} shared", 1e-5)
         if isinstance(head, MemoryHead):
-            _expect_same(head.explain(z).probabilities, expected.exp(), f"explained at {temperature}", 1e-5)
+            why = head.explain(z)
+            _expect_same(why.probabilities, expected.exp(), f"explained at {temperature}, {share} shared", 1e-5)
+            _expect(abs(why.uniform_share - share) < 1e-6, f"explained with {why.uniform_share} shared, not {share}")
         again = _build(name, head.config())
         again.load_state_dict(head.state_dict())
         _expect_same(again.eval()(z), head(z), "loaded with a temperature")

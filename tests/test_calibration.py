@@ -14,12 +14,13 @@ from nnheads.benchmarks.compare import CompareConfig, compare
 from nnheads.benchmarks.comparison import head_variant
 from nnheads.benchmarks.datasets import ImageData, load_dataset, load_foreign
 from nnheads.benchmarks.outliers import auroc
-from nnheads.calibration import cross_fitted, fit_temperature
+from nnheads.calibration import cross_fitted, fit_scaling
 from nnheads.cli.main import main
 from nnheads.data import ImageSet
 from nnheads.errors import ConfigError, DataError, ShapeError, UnknownNameError
 from nnheads.evaluation import Evaluation
 from nnheads.heads import MemoryHead
+from nnheads.heads.scaling import scaled
 
 VARIANTS = [*list_heads(), "impostor+bytes_per_center=16", "knn+vote=gaussian"]
 
@@ -49,9 +50,10 @@ def test_the_temperature_is_the_one_the_scores_were_spoilt_with() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(4000, 5, generator=generator)
     labels = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
-    assert fit_temperature(logits, labels) == pytest.approx(1, abs=0.06)
-    assert fit_temperature(3 * logits, labels) == pytest.approx(3, abs=0.2)
-    assert fit_temperature((logits / 4).log_softmax(1), labels) == pytest.approx(0.25, abs=0.02)
+    assert fit_scaling(logits, labels).temperature == pytest.approx(1, abs=0.1)
+    assert fit_scaling(3 * logits, labels).temperature == pytest.approx(3, abs=0.3)
+    assert fit_scaling((logits / 4).log_softmax(1), labels).temperature == pytest.approx(0.25, abs=0.03)
+    assert fit_scaling(3 * logits, labels).uniform_share < 0.02  # there is none in the scores
     found = Evaluation((3 * logits).log_softmax(1), labels, 0.0)
     assert cross_fitted(found).ece < 0.03 < found.ece
     assert cross_fitted(found).accuracy == found.accuracy
@@ -62,7 +64,40 @@ def test_the_temperature_is_the_one_the_scores_were_spoilt_with() -> None:
         (logits[:0], labels[:0]),
     ):
         with pytest.raises(ShapeError):
-            fit_temperature(scores, wrong)
+            fit_scaling(scores, wrong)
+
+
+def _votes() -> tuple[torch.Tensor, torch.Tensor]:
+    """Votes that are right about what they vote on, but for 3 % of the samples, whose class has no vote at all."""
+    generator = torch.Generator().manual_seed(1)
+    probabilities = (3 * torch.randn(6000, 10, generator=generator)).softmax(1)
+    labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    votes = probabilities.where(probabilities > 0.02, 0)
+    stray = torch.rand(6000, generator=generator) < 0.03
+    labels[stray] = votes[stray].argmin(1)
+    votes = votes / votes.sum(1, keepdim=True)
+    return votes.clamp_min(1e-6).log().log_softmax(1), labels
+
+
+def test_votes_at_the_floor_of_their_probabilities_do_not_spoil_the_others() -> None:
+    log_probs, labels = _votes()
+    before = Evaluation(log_probs, labels, 0.0)
+    after = cross_fitted(before)
+    assert after.log_loss < before.log_loss - 0.1
+    assert after.ece <= before.ece + 0.005
+    assert torch.equal(after.predictions, before.predictions)
+    found = fit_scaling(log_probs, labels)
+    assert 0.02 < found.uniform_share < 0.1
+    assert found.temperature == pytest.approx(1, abs=0.15)
+    assert found == fit_scaling(log_probs, labels)
+    # no neighbour of it on a grid is better
+    best = torch.nn.functional.nll_loss(scaled(log_probs.double(), *found), labels)
+    for temperature in (0.7, 0.95, 1, 1.05, 2):
+        for share in (0, 0.8, 1, 1.2):
+            other = scaled(log_probs.double(), temperature * found.temperature, share * found.uniform_share)
+            assert float(torch.nn.functional.nll_loss(other, labels)) >= float(best) - 1e-7
+    # scores that tell nothing are not made more even than a temperature makes them
+    assert fit_scaling(torch.randn(500, 4), torch.arange(500) % 4).uniform_share <= 0.5
 
 
 def _noise(count: int) -> torch.Tensor:
@@ -84,7 +119,10 @@ def test_calibration_makes_every_head_more_certain_or_less_but_changes_no_answer
     loss = torch.nn.functional.nll_loss
     assert float(loss(after, labels)) <= float(loss(before, labels)) + 1e-6
     assert found.before.log_loss == pytest.approx(float(loss(before, labels)), rel=1e-3)
+    assert found.after.log_loss <= found.before.log_loss + 0.01
+    assert found.after.ece <= found.before.ece + 0.01
     assert model.head.temperature == pytest.approx(found.temperature)
+    assert model.head.uniform_share == pytest.approx(found.uniform_share)
     scores = model.head.outlier_scores(model.features(x).detach())
     assert 0.9 < float((scores <= found.outlier_threshold).float().mean()) <= 0.97
     again = nnheads.load(nnheads.save(model, tmp_path / "model"))
@@ -98,18 +136,30 @@ def test_calibration_makes_every_head_more_certain_or_less_but_changes_no_answer
         why = model.explain(x[:60])
         assert (why.probabilities - model(x[:60]).exp()).abs().max() < 1e-5
         assert why.scale == "logit" or why.shares.min() >= 0
+        assert why.uniform_share == pytest.approx(found.uniform_share)
+        if why.scale == "probability":
+            assert why.rest.min() >= found.uniform_share / 10 - 1e-6
 
 
 def test_a_head_saved_before_there_were_temperatures_loads(backbone: Path, digits: ImageData) -> None:
     model = _model(backbone, digits, "nngk")
     old = {
-        name: part for name, part in model.head.state_dict().items() if name not in ("temperature", "outlier_threshold")
+        name: part
+        for name, part in model.head.state_dict().items()
+        if name not in ("temperature", "uniform_share", "outlier_threshold")
     }
-    model.head.set_temperature(2)
+    x = model.preprocessing(digits.test.images)
+    before = model(x)
+    model.head.set_temperature(2, 0.1)
+    assert not torch.equal(model(x), before)
     model.head.load_state_dict(old)
-    assert model.head.temperature == 1
+    assert (model.head.temperature, model.head.uniform_share) == (1, 0)
+    assert torch.equal(model(x), before)
     with pytest.raises(ConfigError, match="temperature must be a number above 0"):
         model.head.set_temperature(0)
+    for share, words in ((1, "must be below 1"), (-0.1, "must be a number 0 or more")):
+        with pytest.raises(ConfigError, match=f"uniform_share {words}"):
+            model.head.set_temperature(1, share)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -150,7 +200,7 @@ def test_outlier_scores_are_those_of_the_papers(digits: ImageData) -> None:
 
 def test_mistakes_leave_the_head_as_it_was(backbone: Path, digits: ImageData) -> None:
     model = _model(backbone, digits, "nngk")
-    model.head.set_temperature(1.5)
+    model.head.set_temperature(1.5, 0.25)
     with pytest.raises(DataError, match="needs 20 held-out samples or more, got 5"):
         nnheads.calibrate(model, digits.test.subset(torch.arange(5)), device="cpu")
     other = ImageSet(digits.test.images, digits.test.labels + 1, class_names=tuple("0123456789x"))
@@ -158,7 +208,7 @@ def test_mistakes_leave_the_head_as_it_was(backbone: Path, digits: ImageData) ->
         nnheads.calibrate(model, other, device="cpu")
     with pytest.raises(ConfigError, match="accepted must be between 0 and 1, got 2"):
         nnheads.calibrate(model, digits.test, accepted=2, device="cpu")
-    assert float(model.head.temperature) == 1.5
+    assert (float(model.head.temperature), float(model.head.uniform_share)) == (1.5, 0.25)
     assert math.isinf(model.head.outlier_threshold)
 
 
@@ -190,9 +240,12 @@ def test_calibrate_a_saved_model_and_predict(
     assert code == 0
     assert told["images"] == len(digits.test)
     assert float(nnheads.load(folder).head.temperature) == pytest.approx(told["temperature"])
+    assert float(nnheads.load(folder).head.uniform_share) == pytest.approx(told["uniform_share"])
     assert {path.name for path in folder.iterdir()} == set(before)
     assert (folder / "backbone.safetensors").read_bytes() == before["backbone.safetensors"]
-    assert "temperature" in run("calibrate", folder, "--dataset", "digits")[1]
+    out = run("calibrate", folder, "--dataset", "digits")[1]
+    assert "temperature" in out
+    assert "% shared equally over all classes" in out
     assert "unlike the training samples" in run("predict", folder, noise)[1]
     first, second = json.loads(run("predict", folder, own, noise, "--json")[1])
     assert (first["unlike_training_samples"], second["unlike_training_samples"]) == (False, True)
@@ -207,6 +260,15 @@ def test_calibrate_a_saved_model_and_predict(
     assert "AUROC against images:" in run("eval", folder, "--dataset", "digits", "--ood", f"images:{wide}")[1]
     assert run("explain", folder, noise, "--out", tmp_path / "page.html")[0] == 0
     assert "Unlike the training samples" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    model = nnheads.load(folder)
+    model.head.set_temperature(1, 0.12)
+    nnheads.save(model, folder)
+    assert run("explain", folder, own, "--out", tmp_path / "page.html")[0] == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "12.0\u202f% is shared equally over all classes, by calibration." in page
+    assert "is smoothing, not evidence" not in page  # beside the floor there is none
+    (told,) = json.loads(run("explain", folder, own, "--out", tmp_path / "page.html", "--json")[1])
+    assert told["shared_equally"] == pytest.approx(0.12)
 
 
 def test_comparisons_have_calibrated_errors_and_auroc(tmp_path: Path, digits: ImageData) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
+from .scaling import scaled
 
 
 class Head(nn.Module, ABC):
@@ -29,6 +30,8 @@ class Head(nn.Module, ABC):
             `loss` does.
         temperature: scalar by which log-probabilities are divided in evaluation, before they are normalized; 1 until
             `nnheads.calibrate` fits it. Saved with the head.
+        uniform_share: scalar, the part of the probability that is then shared equally over all classes; 0 until
+            `nnheads.calibrate` fits it. Saved with the head.
         outlier_threshold: scalar, `outlier_scores` from which on a sample counts as unlike the training samples;
             infinite until `nnheads.calibrate` chooses it. Saved with the head.
     """
@@ -38,6 +41,7 @@ class Head(nn.Module, ABC):
     differentiable: ClassVar[bool]
     trains_with: ClassVar[Literal["output", "objective"]]
     temperature: Tensor
+    uniform_share: Tensor
     outlier_threshold: Tensor
 
     def __init__(self, in_features: int, num_classes: int) -> None:
@@ -49,8 +53,9 @@ class Head(nn.Module, ABC):
         self.in_features = in_features
         self.num_classes = num_classes
         self.register_buffer("temperature", torch.ones(()))
+        self.register_buffer("uniform_share", torch.zeros(()))
         self.register_buffer("outlier_threshold", torch.full((), math.inf))
-        self._tempered = False
+        self._scaled = False
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -79,23 +84,37 @@ class Head(nn.Module, ABC):
         """
         z = self._check(z)
         with torch.autocast(z.device.type, enabled=False):
-            return self.tempered(self._log_probs(z, self._check_ids(ids, len(z)))).to(z.dtype)
+            return self.calibrated(self._log_probs(z, self._check_ids(ids, len(z)))).to(z.dtype)
 
-    def tempered(self, log_probs: Tensor) -> Tensor:
-        """Log-probabilities (B, C) at the head's temperature: in evaluation, where one was set."""
-        if self.training or not self._tempered:
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether answers are other than they would be without `set_temperature`: in evaluation, where it was used."""
+        return self._scaled and not self.training
+
+    def calibrated(self, log_probs: Tensor) -> Tensor:
+        """Log-probabilities (B, C) at the head's temperature and uniform share, see `nnheads.heads.scaling.scaled`."""
+        if not self.is_calibrated:
             return log_probs
-        return (log_probs / self.temperature.to(log_probs.dtype)).log_softmax(-1)
+        temperature, share = (value.to(log_probs.dtype) for value in (self.temperature, self.uniform_share))
+        return scaled(log_probs, temperature, share)
 
-    def set_temperature(self, temperature: float) -> None:
-        """Divide log-probabilities by a temperature from now on, in evaluation; above 1 they become less certain.
+    def set_temperature(self, temperature: float, uniform_share: float = 0.0) -> None:
+        """How certain answers are from now on, in evaluation; which class is likeliest stays the same.
+
+        Args:
+            temperature: by which log-probabilities are divided; above 1 they become less certain. 1 for none.
+            uniform_share: part of the probability that is then shared equally over all classes; 0 for none.
 
         Raises:
-            ConfigError: it is not above 0.
+            ConfigError: the temperature is not above 0, or the share is not 0 or more and below 1.
         """
         positive(self.name, "temperature", temperature)
+        positive(self.name, "uniform_share", uniform_share, zero=True)
+        if uniform_share >= 1:
+            raise ConfigError(f"head {self.name!r}: uniform_share must be below 1, got {uniform_share!r}")
         self.temperature.fill_(temperature)
-        self._tempered = temperature != 1
+        self.uniform_share.fill_(uniform_share)
+        self._scaled = temperature != 1 or uniform_share != 0
 
     @torch.no_grad()
     def outlier_scores(self, z: Tensor) -> Tensor:
@@ -152,10 +171,11 @@ class Head(nn.Module, ABC):
         return [g for g in groups if g["params"]]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("temperature", "outlier_threshold"):  # a head saved before there were any
-            state_dict.setdefault(prefix + name, torch.tensor(1.0 if name == "temperature" else math.inf))
+        # A head may have been saved before there were any.
+        for name, value in (("temperature", 1.0), ("uniform_share", 0.0), ("outlier_threshold", math.inf)):
+            state_dict.setdefault(prefix + name, torch.tensor(value))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._tempered = float(self.temperature) != 1
+        self._scaled = float(self.temperature) != 1 or float(self.uniform_share) != 0
 
     def _check(self, z: Tensor) -> Tensor:
         if z.dim() != 2 or z.shape[1] != self.in_features:

@@ -303,7 +303,7 @@ class BiasedHead(RegressionHead):
                 raise ShapeError("head 'biased': embeddings hold NaN or infinity; check the input")
             z = z.index_copy(0, rows, torch.lerp(z2.to(z.dtype), z[rows], g[rows].unsqueeze(-1)))
         with torch.autocast(h.device.type, enabled=False):
-            return Gated(self.tempered(self._answer(z, votes)).to(phi.dtype), g, skipped)
+            return Gated(self.calibrated(self._answer(z, votes)).to(phi.dtype), g, skipped)
 
     def _log_probs(self, z: Tensor, ids: Tensor | None) -> Tensor:
         if not len(self.memory):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .scaling import scaled
+
 Scale = Literal["probability", "logit"]
 
 
@@ -43,8 +45,12 @@ class Explanation:
         rows, ids, labels, distances, weights: as in `Neighbors`; weights are shares in the decision, zero where more
             neighbours were asked for than decide.
         shares: (B, k, C) what each neighbour contributes to the score of each class.
-        rest: (B, C) what the score has from elsewhere: smoothing, floor, bias, neighbours beyond those listed.
+        rest: (B, C) what the score has from elsewhere: smoothing, floor, bias, neighbours beyond those listed, and what
+            calibration shares equally over all classes.
         scale: ``"probability"`` where scores are probabilities; ``"logit"`` where their softmax is.
+        uniform_share: part of the probability that calibration shares equally over all classes, of which each has
+            ``uniform_share / C``; no sample contributed it. It is in the rest: as it is where scores are
+            probabilities, and where they are logits as the change of the logit that it makes.
     """
 
     rows: Tensor
@@ -55,6 +61,7 @@ class Explanation:
     shares: Tensor
     rest: Tensor
     scale: Scale
+    uniform_share: float = 0.0
 
     @property
     def scores(self) -> Tensor:
@@ -68,7 +75,13 @@ class Explanation:
 
 
 def listing(
-    found: Neighbors, shares: Tensor, rest: Tensor, scale: Scale, k: int | None = None, more: Neighbors | None = None
+    found: Neighbors,
+    shares: Tensor,
+    rest: Tensor,
+    scale: Scale,
+    k: int | None = None,
+    more: Neighbors | None = None,
+    uniform_share: float = 0.0,
 ) -> Explanation:
     """An explanation that lists as many neighbours as wanted.
 
@@ -79,6 +92,7 @@ def listing(
         scale: of both.
         k: neighbours listed; those that decide by default.
         more: the k nearest, where k is above m.
+        uniform_share: see `Explanation`.
     """
     decide = shares.shape[1]
     listed = {field.name: getattr(found, field.name) for field in fields(Neighbors)}
@@ -92,17 +106,21 @@ def listing(
         listed = {name: torch.cat([part, getattr(more, name).gather(1, order)], 1) for name, part in listed.items()}
         listed["weights"] = F.pad(found.weights, (0, order.shape[1]))
         shares = F.pad(shares, (0, 0, 0, order.shape[1]))
-    return Explanation(**listed, shares=shares, rest=rest, scale=scale)
+    return Explanation(**listed, shares=shares, rest=rest, scale=scale, uniform_share=uniform_share)
 
 
-def at_temperature(shares: Tensor, rest: Tensor, scale: Scale, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """Contributions (B, k, C) and rest (B, C) to the calibrated scores.
+def calibrated_shares(
+    shares: Tensor, rest: Tensor, scale: Scale, temperature: Tensor, uniform_share: float
+) -> tuple[Tensor, Tensor]:
+    """Contributions (B, k, C) and rest (B, C) to the calibrated scores, see `nnheads.heads.scaling.scaled`.
 
-    Logits are divided by the temperature. The probability of a class changes as `nnheads.heads.Head.tempered` has it,
-    and everyone's part in it stays what it was.
+    The temperature divides logits; of probabilities it changes the sum for a class, and everyone's part in it stays
+    what it was. Contributions then make up what is not shared equally over all classes; that is added to the rest.
     """
+    scores = shares.sum(1) + rest
     if scale == "logit":
-        return shares / temperature, rest / temperature
-    log_scores = (shares.sum(1) + rest).log()
-    change = ((log_scores / temperature).log_softmax(-1) - log_scores).exp()
-    return shares * change.unsqueeze(1), rest * change
+        shares = shares / temperature
+        return shares, scaled(scores, temperature, uniform_share) - shares.sum(1)
+    log_scores = scores.log()
+    change = (1 - uniform_share) * ((log_scores / temperature).log_softmax(-1) - log_scores).exp()
+    return shares * change.unsqueeze(1), rest * change + uniform_share / scores.shape[-1]

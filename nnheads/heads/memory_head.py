@@ -19,7 +19,7 @@ from ..functional import Metric, neighbor_distances
 from ..index import Engine, Index, build_index
 from ..memory import ColumnWidth, Memory
 from .base import Head, one_of, positive, sample_ids
-from .evidence import Explanation, Neighbors, Scale, at_temperature, listing
+from .evidence import Explanation, Neighbors, Scale, calibrated_shares, listing
 from .outliers import OutlierScore, outlier_scores
 
 MAX_NEW_CLASSES: Final = 10_000
@@ -191,15 +191,17 @@ class MemoryHead(Head):
         with torch.autocast(z.device.type, enabled=False):
             found = self.neighbors(z, ids=ids)
             shares, rest = self._shares(z, found, ids)
-            if self._tempered and not self.training:
-                shares, rest = at_temperature(shares, rest, self.evidence_scale, self.temperature)
+            equal = 0.0
+            if self.is_calibrated:
+                equal = float(self.uniform_share)
+                shares, rest = calibrated_shares(shares, rest, self.evidence_scale, self.temperature, equal)
         more = None if k is None or k <= found.rows.shape[1] else self.neighbors(z, ids=ids, k=k)
-        return listing(found, shares, rest, self.evidence_scale, k, more)
+        return listing(found, shares, rest, self.evidence_scale, k, more, uniform_share=equal)
 
     def _shares(self, z: Tensor, found: Neighbors, ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Contributions (B, k, C) of neighbours to the scores of the classes, and the rest (B, C).
 
-        Before any temperature; for checked embeddings, the neighbours that decide, and ids as in `forward`. Unless a
+        Before any calibration; for checked embeddings, the neighbours that decide, and ids as in `forward`. Unless a
         head knows better, a neighbour contributes its weight to its class, at most what the class has.
         """
         probabilities = self._log_probs(z, self._check_ids(ids, len(z))).to(z.dtype).exp()
