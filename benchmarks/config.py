@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from nnheads.errors import ConfigError, unknown_name
 from nnheads.strategies.registry import StrategySpec
 
 if TYPE_CHECKING:
     from nnheads.benchmarks.specs import StreamSpec
+    from nnheads.devices import Precision
 
 CENTER_BYTES: Final = 16
 """Bytes a center of the strategy ``impostor`` takes where exemplars are compressed, unless the user says otherwise."""
@@ -37,7 +38,7 @@ class RunConfig:
         seed: of class order, weights, batches, augmentation and exemplars.
         scenario: ``"class"``, or ``"task"``: at test the classes outside the sample's experience are masked.
         device: see `nnheads.devices.resolve_device`.
-        precision: see `nnheads.devices.resolve_precision`.
+        precision: see `nnheads.devices.resolve_precision`; for Avalanche's own strategies ``"auto"`` is float32.
         head_options: options of the head. Where strategy ``impostor`` compresses exemplars, ``bytes_per_center`` is 16
             unless given; 0 keeps centers as they are.
         ema: decay of averaged weights that take the place of the trained ones after each experience; for strategies of
@@ -69,7 +70,7 @@ class RunConfig:
     ema: float | None = None
     replay_batch: int | None = None
     exemplar_bytes: int | None = None
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     strategy_options: Mapping[str, Any] = field(default_factory=dict)
     future: bool = False
     share: float | None = None
@@ -96,6 +97,8 @@ class RunConfig:
         for name, part in (("share", self.share), ("validation", self.validation)):
             if part is not None and not (_is_number(part) and 0 < part < 1):
                 raise ConfigError(f"{name} must be between 0 and 1, not {part!r}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"precision must be auto, float32 or bfloat16, not {self.precision!r}")
         if self.scenario not in ("class", "task"):
             raise ConfigError(f"scenario must be class or task, not {self.scenario!r}")
 

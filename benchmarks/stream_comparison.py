@@ -36,6 +36,7 @@ class StreamComparison:
         rates: learning rates to choose from, for variants without a rate of their own: each is tried with the first
             memory and the first seed on a share ``base.validation`` of the training images, and the one with the best
             accuracy there is taken for all runs, which are then tested on the test images. Empty for no such choice.
+        trial_share: share of the training images each rate is tried on; None for ``base.share``.
     """
 
     variants: tuple[Variant, ...]
@@ -43,6 +44,7 @@ class StreamComparison:
     seeds: tuple[int, ...] = (0,)
     base: RunConfig = field(default_factory=RunConfig)
     rates: tuple[float, ...] = ()
+    trial_share: float | None = None
 
     def check(self) -> None:
         """Refuses what cannot work before anything is trained.
@@ -109,7 +111,8 @@ class StreamComparison:
         """The runs by which learning rates are chosen: one variant for each rate."""
         free = [variant for variant in self.variants if "learning_rate" not in variant.settings]
         variants = tuple(variant.with_setting("lr", rate) for variant in free for rate in self.rates)
-        return replace(self, variants=variants, memory=self.memory[:1], seeds=self.seeds[:1], rates=())
+        base = self.base if self.trial_share is None else replace(self.base, share=self.trial_share)
+        return replace(self, variants=variants, base=base, memory=self.memory[:1], seeds=self.seeds[:1], rates=())
 
     def with_rates(self, chosen: dict[str, float]) -> StreamComparison:
         """The same, on the test images, with these learning rates by variant."""

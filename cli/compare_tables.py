@@ -61,6 +61,7 @@ def show_strategies(summary: dict[str, Any]) -> None:
     facts = [
         f"backbone {settings['backbone']}" if settings["backbone"] else "",
         f"scenario {settings['scenario']}" if settings["scenario"] != "class" else "",
+        f"precision {settings['precision']}" if settings["precision"] != "auto" else "",
         _seeds(summary),
     ]
     screen.line(f"{summary['stream']}: {', '.join(fact for fact in facts if fact)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -16,6 +16,7 @@ from nnheads.errors import ConfigError
 if TYPE_CHECKING:
     from nnheads.benchmarks.comparison import CompareConfig
     from nnheads.benchmarks.stream_comparison import StreamComparison
+    from nnheads.devices import Precision
 
 STEM = "compare"
 HEADS = "dense,knn,nca"
@@ -75,6 +76,10 @@ def compare(
         bool,
         typer.Option("--pick-lr", help="Choose each strategy's rate among --lr on --validation, then run on test."),
     ] = False,
+    pick_share: Annotated[
+        float | None,
+        typer.Option("--pick-share", metavar="SHARE", help="Try rates on this share of the training images."),
+    ] = None,
     share: options.Share = None,
     validation: options.Validation = None,
     memory: Annotated[
@@ -88,6 +93,7 @@ def compare(
     seeds: Annotated[str, typer.Option("--seeds", metavar="0,1,...", help="Train once with each seed.")] = "0",
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
+    precision: options.PrecisionName = "auto",
     threads: options.Threads = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for the results (by default runs/compare-NNN).")
@@ -114,6 +120,7 @@ def compare(
     rates = () if lr is None else options.numbers("--lr", lr)
     options.share("--ema", ema or None)  # 0: not at all
     options.share("--share", share)
+    options.share("--pick-share", pick_share)
     options.share("--validation", validation)
     on_stream = {
         "--strategies": strategies,
@@ -125,6 +132,8 @@ def compare(
         "--share": share,
         "--validation": validation,
         "--pick-lr": pick_lr or None,
+        "--pick-share": pick_share,
+        "--precision": None if precision == "auto" else precision,
         "--only": only,
         "--scenario": None if scenario == "class" else scenario,
     }
@@ -150,6 +159,8 @@ def compare(
         raise ConfigError(
             "--pick-lr chooses among several rates on held-out images: give --lr 0.03,0.1 --validation 0.1"
         )
+    if pick_share is not None and not pick_lr:
+        raise ConfigError("--pick-share is for --pick-lr; --share takes less for all runs")
     if resume and out is None:
         out = newest(STEM)
         if out is None:
@@ -211,8 +222,10 @@ def compare(
                     share=share,
                     validation=validation,
                     device=device,
+                    precision=cast("Precision", precision),
                 ),
                 rates=rates if pick_lr else (),
+                trial_share=pick_share,
             )
             plan.check()
 

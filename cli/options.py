@@ -31,6 +31,15 @@ Memory = Annotated[
     int | None, typer.Option("--memory", min=1, metavar="M", help="Exemplars kept, over all classes (streams).")
 ]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cuda, mps or cpu.")]
+PrecisionName = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        metavar="NAME",
+        help="Of the network's products: bfloat16, float32, or auto: bfloat16 where it is faster, and float32 "
+        "for Avalanche's own strategies.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the last line only.")]
 HeadOptions = Annotated[

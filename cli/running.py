@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -17,6 +17,7 @@ from nnheads.errors import ConfigError
 
 if TYPE_CHECKING:
     from nnheads.benchmarks.config import RunConfig
+    from nnheads.devices import Precision
 
 
 def run(
@@ -59,6 +60,7 @@ def run(
         bool, typer.Option("--tensorboard", help="Log accuracies for TensorBoard in the folder of the results.")
     ] = False,
     device: options.Device = "auto",
+    precision: options.PrecisionName = "auto",
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Folder for the results (by default runs/STREAM-HEAD-NNN)."),
@@ -93,6 +95,7 @@ def run(
             scenario=scenario,
             replay_batch=replay_batch,
             device=device,
+            precision=cast("Precision", precision),
             head_options=head_options,
             strategy_options=strategy_options,
             future=future,

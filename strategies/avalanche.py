@@ -3,7 +3,7 @@
 They get the same backbone from the same seed, the same optimizer, batches, exemplar budget and augmentation as ours;
 what only they know is set to the values named here. A dense classifier has an output for every class of the stream from
 the start, and classes not seen yet are not masked at test, as in Avalanche; a classifier by class means or LDA answers
-among the classes seen.
+among the classes seen. They compute in float32 as Avalanche does, and in bfloat16 where that is asked for by name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 from nnheads.attach import attach_head
 from nnheads.errors import ConfigError
-from nnheads.strategies.avalanche_learner import AvalancheLearner, Features, Kept
+from nnheads.strategies.avalanche_learner import AvalancheLearner, Features, Kept, Lowered
 from nnheads.strategies.averaged import module_bytes
 from nnheads.strategies.learner import Learner, Setup
 from nnheads.strategies.plugins import GEM, StepReport, silent_evaluator
@@ -68,7 +68,7 @@ def icarl(setup: Setup) -> Learner:
     sizes = [int(n) for n in setup.benchmark.n_classes_per_exp]
     if sum(sizes) > setup.num_classes:
         raise ConfigError("strategy 'icarl' needs experiences with classes of their own: take a split- stream")
-    features = Features(attach_head(setup.backbone, "dense", num_classes=setup.num_classes))
+    features = _features(setup)
     settings = _common(setup, model=features)
     classifier = nn.Linear(features.headed.in_features, setup.num_classes)
     settings["optimizer"].add_param_group({"params": list(classifier.parameters())})
@@ -112,7 +112,7 @@ def gdumb(setup: Setup) -> Learner:
 
 def scr(setup: Setup) -> Learner:
     """Supervised contrastive replay, without the review trick; its exemplars decide by the nearest class mean."""
-    features = Features(attach_head(setup.backbone, "dense", num_classes=setup.num_classes))
+    features = _features(setup)
     width = features.headed.in_features
     projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, SCR_PROJECTION))
     settings = _common(setup, model=SCRModel(feature_extractor=features, projection=_Unit(projection)))
@@ -132,7 +132,7 @@ def scr(setup: Setup) -> Learner:
 
 def slda(setup: Setup) -> Learner:
     """Streaming LDA on the backbone as it is: worth something with a pretrained one only."""
-    features = Features(attach_head(setup.backbone, "dense", num_classes=setup.num_classes))
+    features = _features(setup)
     settings = _common(setup)
     for name in ("model", "optimizer"):
         del settings[name]
@@ -211,7 +211,9 @@ class _Unit(nn.Module):
 
 def _common(setup: Setup, *plugins: Any, model: nn.Module | None = None) -> dict[str, Any]:
     """The keyword arguments that every strategy takes."""
-    model = setup.backbone if model is None else model
+    if model is None:
+        # as it is, unless asked for: nobody else's time or numbers are changed unknowingly
+        model = setup.backbone if setup.precision == "auto" else Lowered(setup.backbone, setup.precision)
     all_plugins = list(plugins)
     if setup.on_step is not None:
         all_plugins.append(StepReport(setup.on_step))
@@ -226,6 +228,10 @@ def _common(setup: Setup, *plugins: Any, model: nn.Module | None = None) -> dict
         "plugins": all_plugins,
         "evaluator": silent_evaluator(),
     }
+
+
+def _features(setup: Setup) -> Features:
+    return Features(attach_head(setup.backbone, "dense", num_classes=setup.num_classes), setup.precision)
 
 
 def _replay_batch(setup: Setup) -> int:

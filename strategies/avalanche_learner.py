@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nnheads.attach import attach_head
+from nnheads.devices import Precision, autocast_for
 from nnheads.headed import HeadedModel
 from nnheads.heads.dense import DenseHead
 from nnheads.strategies.learner import Learner, Setup
@@ -32,14 +34,48 @@ class Kept:
 
 @final
 class Features(nn.Module):
-    """The embedding of a headed model as a module of its own."""
+    """The embedding of a headed model as a module of its own.
 
-    def __init__(self, headed: HeadedModel) -> None:
+    Args:
+        headed: the model.
+        precision: of its matrix products; embeddings are in float32 always. ``"auto"`` is float32, as Avalanche has it.
+    """
+
+    def __init__(self, headed: HeadedModel, precision: Precision = "auto") -> None:
         super().__init__()
         self.headed = headed
+        self.precision = precision
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.headed.features(x)
+        with _autocast(x, self.precision):
+            z = self.headed.features(x)
+        return z.float()
+
+
+@final
+class Lowered(nn.Module):
+    """A network whose matrix products run in another precision; its output is in float32.
+
+    A loss, a distillation or a class mean outside of it is computed as Avalanche computes it.
+
+    Args:
+        network: the network.
+        precision: of its matrix products.
+    """
+
+    def __init__(self, network: nn.Module, precision: Precision) -> None:
+        super().__init__()
+        self.network = network
+        self.precision = precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        with _autocast(x, self.precision):
+            out: Tensor = self.network(x)
+        return out.float()
+
+
+def _autocast(x: Tensor, precision: Precision) -> AbstractContextManager[None]:
+    return autocast_for(x.device, "float32" if precision == "auto" else precision)
 
 
 @final
@@ -113,9 +149,10 @@ class AvalancheLearner(Learner):
     def headed_model(self) -> HeadedModel | None:
         if self.own_scores is not None:
             return None
+        model = self.strategy.model
         # A copy: the strategy goes on with its model as it is.
         made = attach_head(
-            copy.deepcopy(self.strategy.model),
+            copy.deepcopy(model.network if isinstance(model, Lowered) else model),
             "dense",
             num_classes=self.setup.num_classes,
             preprocessing=self.setup.preprocessing,

@@ -36,7 +36,7 @@ class Setup:
         learning_rate: of SGD, constant.
         seed: of everything random.
         device: where to train.
-        precision: see `nnheads.devices.resolve_precision`.
+        precision: see `nnheads.devices.resolve_precision`; for Avalanche's own strategies ``"auto"`` is float32.
         ema: decay of averaged weights, None for none.
         strategy_options: further options of the strategy.
         on_step: called after every step with the number of new samples seen in it.

@@ -242,6 +242,12 @@ def test_rates_are_chosen_on_held_out_images_and_never_on_test(asked: list[RunCo
     assert not asked
 
 
+def test_rates_may_be_tried_on_a_share(asked: list[RunConfig], tmp_path: Path) -> None:
+    comparison = replace(plan("replay", rates=(0.1, 0.3), trial_share=0.4), base=replace(BASE, validation=0.1))
+    compare_streams(comparison, tmp_path)
+    assert [(c.share, c.validation) for c in asked] == [(0.4, 0.1), (0.4, 0.1), (None, None)]
+
+
 # ---- several processes -------------------------------------------------------------------------------------------
 
 

@@ -242,6 +242,7 @@ def test_progress_is_told() -> None:
         ({"ema": 1.0}, "ema must be between 0 and 1"),
         ({"ema": "high"}, "ema must be between 0 and 1, not 'high'"),
         ({"validation": 1}, "validation must be between 0 and 1"),
+        ({"precision": "half"}, "precision must be auto, float32 or bfloat16, not 'half'"),
         ({"scenario": "domain"}, "scenario must be class or task, not 'domain'"),
     ],
 )

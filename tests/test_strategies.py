@@ -362,6 +362,30 @@ def test_a_wider_head_joins_the_optimizer() -> None:
 # ---- losses and solvers ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["avalanche-replay", "der", "icarl", "scr", "slda"])
+def test_avalanche_computes_in_the_precision_asked_for(name: str) -> None:
+    stream = small_stream()
+    x = stream.test.images[:8].float() / 16
+
+    def scores(precision: Any) -> Tensor:
+        setup = replay_setup(stream, "dense", precision=precision)
+        setup = replace(setup, benchmark=stream.avalanche_benchmark(transformed=True, ids=False))
+        torch.manual_seed(1)
+        learner = strategy_spec(name).build(setup)
+        learner.learn(0)
+        model = learner.headed_model()
+        assert model is None or torch.equal(model(x).argmax(1), learner.scores(x).argmax(1)) or precision == "bfloat16"
+        assert learner.scores(x).dtype == torch.float32
+        return learner.scores(x)
+
+    float32 = scores("float32")
+    assert torch.equal(scores("auto"), float32)
+    lower = scores("bfloat16")
+    assert not torch.equal(lower, float32)
+    seen = torch.isfinite(float32)
+    torch.testing.assert_close(lower[seen], float32[seen], rtol=0.2, atol=0.2 * float(float32[seen].abs().max()))
+
+
 def test_gem_projects_onto_the_nearest_gradient_that_hurts_nothing() -> None:
     import_avalanche()
     from nnheads.strategies.plugins import GEM
