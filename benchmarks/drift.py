@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from nnheads.benchmarks.drift_table import WHERE, table
-from nnheads.centers import Redistribution, add_centers, best_predicted, drop_centers, worst_predicted
+from nnheads.center_choice import best_predicted, worst_predicted
+from nnheads.centers import Redistribution, add_centers, drop_centers
 from nnheads.errors import ConfigError, DataError, NNHeadsError
 from nnheads.heads import build_head
 from nnheads.heads.kernel_vote import KernelVoteHead

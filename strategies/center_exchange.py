@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnheads.centers import add_centers, drop_centers, log_probs_of
+from nnheads.center_choice import log_probs_of
+from nnheads.centers import add_centers, drop_centers
 from nnheads.heads.kernel_vote import KernelVoteHead
 from nnheads.strategies.buffer import priorities
 from nnheads.strategies.center_rules import CenterRules

@@ -405,7 +405,7 @@ def test_the_budget_holds_in_every_round(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_dropping_down_to_a_quota_takes_the_best_predicted_of_each_class() -> None:
     head = filled([12, 4, 8])
-    from nnheads.centers import log_probs_of
+    from nnheads.center_choice import log_probs_of
 
     memory = head.memory
     held = slice(len(memory))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from nnheads.centers import add_centers, best_predicted, drop_centers, log_probs_of, worst_predicted
+from nnheads.center_choice import best_predicted, log_probs_of, worst_predicted
+from nnheads.centers import add_centers, drop_centers
 from nnheads.errors import ConfigError, ShapeError
 from nnheads.heads import Head, MemoryHead, build_head
 
