@@ -104,6 +104,7 @@ def _run(plan: StudyRun, folder: Path, resume: bool, quiet: bool) -> list[dict[s
 
 def _report(plan: StudyRun, folder: Path, results: list[dict[str, Any]], as_json: bool, quiet: bool) -> None:
     from nnheads.benchmarks.studies.report import entry_text, write_report
+    from nnheads.benchmarks.studies.study import UNITS
 
     if not results:
         raise ConfigError(f"no results of study {plan.study.name!r} in {folder}: another process may be at them")
@@ -117,15 +118,11 @@ def _report(plan: StudyRun, folder: Path, results: list[dict[str, Any]], as_json
         entries = [entry for entry in table.entries if entry.cell in ran]
         if quiet or not entries or (wanted and table.id not in wanted):
             continue
-        rows = [[entry.row, entry.column, entry_text(entry, results), _unit(entry.form)] for entry in entries]
+        rows = [[entry.row, entry.column, entry_text(entry, results), UNITS[entry.form]] for entry in entries]
         heads = ["", " ", "measured (published)", "unit"]
         screen.table(f"{table.id}: {table.title}", heads, rows, text=["", " ", "unit"])
         screen.line("")
     screen.line(f"report: {path}")
-
-
-def _unit(form: str) -> str:
-    return {"percent": "%", "seconds": "s", "count": "", "share": "share"}.get(form, form)
 
 
 def _list(as_json: bool) -> None:

@@ -185,7 +185,8 @@ def _tables() -> Iterator[Table]:
                 Entry(f"{title}, {name}", "AUROC of the gate", _cell(dataset), f"auroc_{name}"),
                 Entry(f"{title}, {name}", "skipped", _cell(dataset), f"skipped_{name}"),
             ]
-    yield Table("strange", "Does the gate stay shut on images of no class", tuple(rows))
+    title = "Does the gate stay shut on images of no class"
+    yield Table("strange", title, tuple(rows), quantity="AUROC, share of images")
     attacks: list[Entry] = []
     for dataset, title in SETS.items():
         for strength in (0, *STRENGTHS):
@@ -195,7 +196,8 @@ def _tables() -> Iterator[Table]:
                 Entry(row, "biased", cell, f"biased_{strength}"),
                 Entry(row, "skipped", cell, f"attack_skipped_{strength}"),
             ]
-    yield Table("attack", "Accuracy under a black-box attack: FGSM on another network", tuple(attacks))
+    title = "Accuracy under a black-box attack: FGSM on another network"
+    yield Table("attack", title, tuple(attacks), quantity="accuracy, share of images")
 
 
 def _small(epochs: int) -> dict[str, Any]:

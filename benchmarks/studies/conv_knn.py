@@ -228,7 +228,7 @@ def _tables() -> Iterator[Table]:
         for method, count in zip(METHODS, parameters, strict=True):
             cell = f"parameters-{name}-{method}"
             counts.append(Entry(title, _TITLES[method], cell, "parameters", count, "count"))
-    yield Table("parameters", "Number of parameters (tables VII to X, last rows)", tuple(counts))
+    yield Table("parameters", "Number of parameters (tables VII to X, last rows)", tuple(counts), quantity="parameters")
     for name, (title, number, *_) in _SETS.items():
         entries = []
         for batch, published in _MULTI[name].items():
@@ -239,7 +239,7 @@ def _tables() -> Iterator[Table]:
                 entries += [
                     Entry(row, f"{head} train", cell, "train", fit),
                     Entry(row, f"{head} test", cell, "test", test),
-                    Entry(row, f"{head} difference", cell, "difference", round(fit - test, 2)),
+                    Entry(row, f"{head} difference", cell, "difference", round(fit - test, 2), "points"),
                 ]
         yield Table(number, f"{title}, Conv-KNN against the baseline", tuple(entries), note=_TRAIN_NOTE)
     for name, (title, number, _, _, _, results) in _BINARY.items():
@@ -249,13 +249,13 @@ def _tables() -> Iterator[Table]:
             for size, values in sizes.items()
             for method, value in zip(METHODS, values, strict=True)
         ]
-        yield Table(number, f"{title}, training sets of several sizes", tuple(rows))
+        yield Table(number, f"{title}, training sets of several sizes", tuple(rows), quantity="test accuracy")
     entries = [
         Entry(activation, _PLACES[place], f"activation-{activation}-{place}", "test", value)
         for activation, published in _ACTIVATIONS.items()
         for place, value in zip(_PLACES, published, strict=False)
     ]
-    yield Table("XV", "Activation by place, MNIST, network without biases in its dense layer", tuple(entries))
+    yield Table("XV", "Activation by place, MNIST, dense layer bias-free", tuple(entries), quantity="test accuracy")
     shown = tuple(f"{name}-b{batch}-{method}" for name in _SETS for batch in _MULTI[name] for method in METHODS)
     curves = Curves(shown, "training", "epoch", (("loss", "training loss"),), "epoch", "loss", percent=False)
     yield Table("losses", "Training loss along the epochs (not in the paper)", curves=curves)

@@ -93,7 +93,8 @@ def tables() -> Iterator[Table]:
         for (dataset, name), values in zip(DATASETS.items(), _TABLE_2[model], strict=True)
         for who, measure, value in (("network", "network", values[0]), ("kNN", "knn", values[1]))
     ]
-    yield Table("table-2", "Generalization error: test error minus training error", tuple(errors))
+    title = "Generalization error: test error minus training error"
+    yield Table("table-2", title, tuple(errors), quantity="generalization error")
     yield _random_table()
     lines = (*pairs, ("p_same_test", "P_SAME"))
     descent = "descent-mlp-640-mnist"

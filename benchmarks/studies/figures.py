@@ -15,7 +15,15 @@ from nnheads.benchmarks.studies.study import Curves, Entry, Study, Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_UNITS = {"percent": "%", "seconds": "s", "bytes": "bytes", "nats": "nats", "ms": "ms", "share": "share", "count": ""}
+_AXES = {
+    "points": "difference (percentage points)",
+    "share": "share (0 to 1)",
+    "seconds": "time (s)",
+    "bytes": "size (bytes)",
+    "nats": "nats",
+    "ms": "time (ms)",
+}
+"""What the axis of a form is called; of per cent and whole numbers it is the table's quantity."""
 
 
 def draw(study: Study, table: Table, results: Sequence[dict[str, Any]], path: Path) -> Path | None:
@@ -35,8 +43,7 @@ def draw(study: Study, table: Table, results: Sequence[dict[str, Any]], path: Pa
         made = _points(table, own)
     if made is None:
         return None
-    seeds = ", ".join(str(seed) for seed in sorted({result["seed"] for result in own}))
-    title = f"{study.name}, {table.id}: {table.title}. Scale {own[0]['scale']}, seeds {seeds}; after {study.source}"
+    title = f"{study.name}, {table.id}: {table.title}. Scale {own[0]['scale']}, {_seeds(own)}; after {study.source}"
     made.suptitle(wrapped_title(title, made.get_figwidth()), fontsize=9)
     return save_figure(made, path)
 
@@ -61,9 +68,12 @@ def _curves(curves: Curves, results: Sequence[dict[str, Any]]) -> Figure | None:
             columns = [_columns(curves, run).get(key) for run in runs]
             means = [mean_and_spread(list(values)) for values in zip(*(c for c in columns if c), strict=True)]
             values = [math.nan if m is None or m["mean"] is None else scale * m["mean"] for m in means]
+            spreads = [0.0 if m is None or m["spread"] is None else scale * m["spread"] for m in means]
             if values:
                 style = ("-", "--", ":", "-.")[(number // 5) % 4]
-                axes.plot(places, values, style, marker="osD^v"[number % 5], ms=3, lw=1.3, label=label)
+                drawn = axes.plot(places, values, style, marker="osD^v"[number % 5], ms=3, lw=1.3, label=label)
+                low, high = ([v + sign * s for v, s in zip(values, spreads, strict=True)] for sign in (-1, 1))
+                axes.fill_between(places, low, high, color=drawn[0].get_color(), alpha=0.2, lw=0)
         if curves.mark is not None:
             at = mean_and_spread([run["measures"].get(curves.mark[0]) for run in runs])
             if at is not None and at["mean"] is not None:
@@ -72,13 +82,19 @@ def _curves(curves: Curves, results: Sequence[dict[str, Any]]) -> Figure | None:
             axes.set_xticks(places, xs, rotation=40, ha="right", fontsize=7)
         if curves.log_x and not named:
             axes.set_xscale("symlog")
-        axes.set_title(name, fontsize=9)
+        axes.set_title(f"{name}, {_seeds(runs)}", fontsize=9)
         axes.set_xlabel(curves.x_label, fontsize=8)
         axes.set_ylabel(curves.y_label, fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     return figure
+
+
+def _seeds(results: Sequence[dict[str, Any]]) -> str:
+    seeds = sorted({result["seed"] for result in results})
+    shown = ", ".join(map(str, seeds))
+    return f"seed {shown}" if len(seeds) == 1 else f"seeds {shown} (mean ± standard deviation)"
 
 
 def _columns(curves: Curves, result: dict[str, Any]) -> dict[str, list[Any]]:
@@ -91,7 +107,7 @@ def _points(table: Table, results: Sequence[dict[str, Any]]) -> Figure | None:
     for entry in table.entries:
         found = mean_and_spread([r["measures"].get(entry.measure) for r in results if r["cell"] == entry.cell])
         if found is not None and found["mean"] is not None:
-            factor = 100.0 if entry.form == "percent" else 1.0
+            factor = 100.0 if entry.form in ("percent", "points") else 1.0
             drawn.append((entry, factor * found["mean"], factor * (found["spread"] or 0.0)))
     if not drawn:
         return None
@@ -114,7 +130,13 @@ def _points(table: Table, results: Sequence[dict[str, Any]]) -> Figure | None:
             axes.plot([x for x, _ in known], [y for _, y in known], "kx", ms=6, label="published")
         labels = [" · ".join(part for part in (entry.row, entry.column) if part) for entry, _, _ in group]
         axes.set_yticks(places, labels, fontsize=7)
-        axes.set_xlabel(_UNITS[form], fontsize=8)
+        quantity = f"{table.quantity} (%)" if form == "percent" else table.quantity
+        axes.set_xlabel(_AXES.get(form, quantity), fontsize=8)
+        if form in ("bytes", "count"):
+            sizes = [abs(mean) for _, mean, _ in group if mean]
+            if sizes and max(sizes) > 50 * min(sizes):
+                axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.tick_params(axis="x", labelsize=7)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)

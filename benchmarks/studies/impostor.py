@@ -116,7 +116,7 @@ def _tables() -> Iterator[Table]:
             for value in values
             for column, measure, form in columns
         ]
-        yield Table(name, title, tuple(entries))
+        yield Table(name, title, tuple(entries), quantity="test accuracy")
     sizes: tuple[tuple[str, str, Form], ...] = (
         ("test", "test", "percent"),
         ("centers", "center_bytes", "bytes"),

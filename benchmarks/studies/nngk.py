@@ -101,7 +101,8 @@ def _tables() -> Iterator[Table]:
         for count in SAMPLES
         for head in HEADS
     ]
-    yield Table("samples", "Test accuracy by training samples a class (the review: Birds-200, VGG-16)", tuple(entries))
+    title = "Test accuracy by training samples a class (the review: Birds-200, VGG-16)"
+    yield Table("samples", title, tuple(entries), quantity="test accuracy")
     rows = []
     for dataset, title in SETS.items():
         for k in KS:
@@ -109,7 +110,7 @@ def _tables() -> Iterator[Table]:
             for head, value in (("nngk", ours), ("dense", others)):
                 rows.append(Entry(f"{title}, Recall@{k}", head, f"retrieval-{dataset}-{head}", f"recall_{k}", value))
     note = "In brackets beside dense: the best of the other methods of the paper. Cosine, classes not seen in training."
-    yield Table("recall", "Recall@K of the embeddings", tuple(rows), note=note)
+    yield Table("recall", "Recall@K of the embeddings", tuple(rows), note=note, quantity="recall")
     for name, title, values in (
         ("neighbours", "Number of neighbours k", _NEIGHBOURS),
         ("refresh", "Epochs between refreshes of the centers (0: before and after training)", _REFRESHES),
@@ -119,7 +120,7 @@ def _tables() -> Iterator[Table]:
         for row in map(str, values):
             more.append(Entry(row, "test", f"{name}-{row}", "test"))
             more.append(Entry(row, "training", f"{name}-{row}", "train_seconds", None, "seconds"))
-        yield Table(name, title, tuple(more))
+        yield Table(name, title, tuple(more), quantity="test accuracy")
 
 
 STUDY: Final = Study(

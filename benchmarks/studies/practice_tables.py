@@ -35,6 +35,7 @@ def tables() -> Iterator[Table]:
             for head in HEADS
             for column, measure, form in measures
         ),
+        quantity="accuracy, calibration error",
     )
     views: list[Entry] = []
     for count in VIEWS:
@@ -80,6 +81,7 @@ def tables() -> Iterator[Table]:
         tuple(
             Entry(row, head, f"measures-{head}", measure, None, form) for row, measure, form in shown for head in HEADS
         ),
+        quantity="accuracy, share of images",
         note="The threshold at which the ROC curve of each class is closest to (0, 1) is in the cells' JSON.",
     )
     cells = tuple(f"measures-{head}" for head in HEADS)

@@ -12,7 +12,7 @@ from typing import Any, Final
 from nnheads.benchmarks.measures import mean_and_spread
 from nnheads.benchmarks.studies.figures import draw
 from nnheads.benchmarks.studies.running import read_cells, read_scale
-from nnheads.benchmarks.studies.study import Entry, Form, Study, Table
+from nnheads.benchmarks.studies.study import UNITS, Entry, Form, Study, Table
 from nnheads.errors import CheckpointError, ConfigError
 
 REPORT: Final = "report.md"
@@ -68,7 +68,7 @@ def measured(entry: Entry, results: Sequence[dict[str, Any]]) -> dict[str, float
 
 def shown_number(value: float, form: Form) -> str:
     """A measured number in the form of its column."""
-    if form == "percent":
+    if form in ("percent", "points"):
         return f"{100 * value:.2f}"
     if form == "share":
         return f"{value:.4f}"
@@ -96,8 +96,10 @@ def _grid(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
     columns = list(dict.fromkeys(entry.column for entry in table.entries))
     at = {(entry.row, entry.column): entry for entry in table.entries}
     units = {column: next(e.form for e in table.entries if e.column == column) for column in columns}
-    named = {"percent": " %", "seconds": " s", "bytes": " bytes", "nats": " nats", "ms": " ms"}
-    heads = [f"{column}{named.get(units[column], '') if '%' not in column else ''}" for column in columns]
+    heads = [
+        column if "%" in column or units[column] in ("share", "count") else f"{column} {UNITS[units[column]]}"
+        for column in columns
+    ]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
         texts = [entry_text(at[row, column], results) if (row, column) in at else "" for column in columns]

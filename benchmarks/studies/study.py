@@ -13,8 +13,21 @@ from nnheads.errors import ConfigError, unknown_name
 Settings = Mapping[str, Any]
 """What a cell is run with: JSON values."""
 
-Form = Literal["percent", "share", "count", "seconds", "bytes", "nats", "ms"]
-"""How a number is shown: a share from 0 to 1 as per cent or as it is, a whole number, seconds and so on."""
+Form = Literal["percent", "points", "share", "count", "seconds", "bytes", "nats", "ms"]
+"""How a number is shown: a share from 0 to 1 as per cent or as it is, a difference of two shares in percentage points,
+a whole number, seconds and so on."""
+
+UNITS: Final[Mapping[Form, str]] = {
+    "percent": "%",
+    "points": "points",
+    "share": "share",
+    "count": "",
+    "seconds": "s",
+    "bytes": "bytes",
+    "nats": "nats",
+    "ms": "ms",
+}
+"""What stands beside a number of each form."""
 
 SCALES: Final = ("smoke", "cpu", "paper")
 
@@ -108,6 +121,7 @@ class Table:
         curves: its figure; None for measured against published numbers.
         note: what a reader must know about it.
         picture: its figure, where it is neither.
+        quantity: what its per cent or whole numbers are, for the axis of its figure.
     """
 
     id: str
@@ -116,6 +130,7 @@ class Table:
     curves: Curves | None = None
     note: str = ""
     picture: Picture | None = None
+    quantity: str = "accuracy"
 
     @property
     def cells(self) -> tuple[str, ...]:
