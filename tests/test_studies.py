@@ -130,6 +130,8 @@ def test_numbers_in_the_form_of_their_column() -> None:
     assert entry_text(Entry("", "", "a", "m", 81952, "count"), results) == "81,952 (81,952)"
     assert entry_text(Entry("", "", "a", "p", 0.9971, "share"), results) == "0.9971 (0.9971)"
     assert entry_text(Entry("", "", "b", "p", None, "share"), results) == "-"
+    gap = table_markdown(Table("G", "gap", (Entry("r", "gap", "a", "p", 4.4, "points"),)), results)
+    assert gap.splitlines()[2:] == ["| | gap points |", "|---|---|", "| r | 99.71 (4.4) |"]
     table = Table("T", "title", (Entry("r", "c", "a", "p"),), note="read this")
     assert table_markdown(table, results) == "## T: title\n\nread this\n\n| | c % |\n|---|---|\n| r | 99.71 |"
 
