@@ -168,6 +168,7 @@ def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) 
     import torch
 
     from nnheads.calibration import cross_fitted
+    from nnheads.gating import skipped_share
     from nnheads.heads import MemoryHead
     from nnheads.training import evaluate, fit
 
@@ -216,6 +217,7 @@ def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) 
         "memory_bytes": int(held),
         "train_seconds": history.seconds,
         "ms_per_sample": _inference_ms(model, data, config.device),
+        "skipped": None if model.at is None else skipped_share(model, data.test, device=config.device),
         "train_samples": len(data.train),
         "test_samples": len(data.test),
         "gradient_samples": history.gradient_samples,

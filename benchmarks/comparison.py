@@ -23,6 +23,7 @@ MEASURES: tuple[str, ...] = (
     "memory_bytes",
     "train_seconds",
     "ms_per_sample",
+    "skipped",
     "agreement",
 )
 """What is measured."""

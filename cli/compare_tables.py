@@ -20,6 +20,7 @@ _DATASET: Formats = {
     "memory_bytes": ("memory", screen.size),
     "train_seconds": ("train|s", screen.tenths),
     "ms_per_sample": ("ms a|sample", screen.number),
+    "skipped": ("skip|f2 %", screen.percent),
     "agreement": ("agrees with|dense %", screen.percent),
 }
 _STREAM: Formats = {
@@ -47,10 +48,13 @@ def show_heads(summary: dict[str, Any]) -> None:
     ]
     screen.line(f"{summary['dataset']}: {', '.join(facts)}")
     rows = [(row["head"], {name: row.get(name) for name in _DATASET}) for row in summary["rows"]]
-    shown = {name: form for name, form in _DATASET.items() if name != "auroc" or settings.get("ood")}
+    absent = {name for name in ("auroc", "skipped") if not any(row[name] for _, row in rows)}
+    shown = {name: form for name, form in _DATASET.items() if name not in absent}
     screen.table("", *_fitting("head", rows, shown), text=_TEXT)
     _explain_spread(summary)
     screen.line("ECE scaled: each half of the test images calibrated on the other half")
+    if "skipped" not in absent:
+        screen.line("skip f2: share of the test images whose gate lets them skip the backbone's second part")
     if settings.get("ood"):
         screen.line(f"AUROC: test images against those of {settings['ood']}, by distance or, for dense, by probability")
 

@@ -98,6 +98,38 @@ def sweep_threshold(
     return Sweep(tuple(points), float(found.network.double().mean()), network)
 
 
+@torch.no_grad()
+def skipped_share(
+    model: HeadedModel,
+    data: Data,
+    *,
+    batch_size: int = 512,
+    device: str | torch.device = "auto",
+    precision: Precision = "auto",
+) -> float:
+    """Share of samples, 0 to 1, that the gate answers without f2 at the threshold it has.
+
+    Args:
+        model: with a biased head that cuts the backbone in two.
+        data, batch_size, device, precision: as in ``evaluate``.
+
+    Raises:
+        ConfigError: the model is not cut in two.
+        DataError: there are no samples.
+    """
+    model.gated_head()
+    where = resolve_device(device)
+    model.to(where)
+    skipped = samples = 0
+    with evaluating(model), autocast_for(where, precision):
+        for x, _, _ in ordered_batches(data, target_for(model, where, precision), batch_size=batch_size):
+            skipped += int(model.gated(x).skipped.sum())
+            samples += len(x)
+    if not samples:
+        raise DataError("there are no samples: the data set is empty")
+    return skipped / samples
+
+
 @dataclass(frozen=True)
 class Flops:
     """Floating-point operations of one sample, as torch counts them (products and sums of matrices and convolutions).

@@ -17,6 +17,7 @@ from nnheads import list_heads
 from nnheads.benchmarks.compare import MEASURES, RECIPES, CompareConfig, compare
 from nnheads.benchmarks.comparison import expand_heads
 from nnheads.benchmarks.datasets import DATASETS, load_dataset
+from nnheads.cli.compare_tables import show_heads
 from nnheads.errors import AttachError, CheckpointError, ConfigError, UnknownNameError
 from nnheads.weights import build_pretrained, published_statistics
 
@@ -153,7 +154,9 @@ def test_a_head_may_have_options_of_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "impostor+centers=fixed+k=5-seed0.json").is_file()
 
 
-def test_the_gated_network_is_cut_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gated_network_is_cut_where_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = []
     attach = nnheads.attach.attach_head
 
@@ -162,10 +165,20 @@ def test_the_gated_network_is_cut_where_it_is_told(tmp_path: Path, monkeypatch: 
         return made[-1]
 
     monkeypatch.setattr("nnheads.attach.attach_head", seen)
-    config = CompareConfig(heads=("biased+at=bn2+gate_epochs=1",), epochs=1, device="cpu")
-    row = compare(config, tmp_path)["rows"][0]
+    config = CompareConfig(heads=("dense", "biased+at=bn2+gate_epochs=1"), epochs=1, device="cpu")
+    summary = compare(config, tmp_path)
+    dense, row = summary["rows"]
     assert made[-1].at == "bn2"
     assert row["accuracy"]["mean"] > 0.2
+    # how much skips stands beside it, and only where something can
+    skipped = made[-1].gated(made[-1].preprocessing(load_dataset("digits").test.images)).skipped
+    assert row["skipped"]["mean"] == pytest.approx(float(skipped.float().mean()), abs=0.01)
+    assert dense["skipped"] is None
+    show_heads(summary)
+    assert "f2 %" in (told := capsys.readouterr().out)
+    assert "skip f2: share of the test images" in told
+    show_heads({**summary, "rows": [dense]})
+    assert "f2 %" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
