@@ -14,6 +14,9 @@ from .errors import ShapeError
 #: Width of an extra column: 0 for one number a row, n for a vector of n, "classes" for one number a class.
 ColumnWidth = int | Literal["classes"]
 
+NEXT_ID = "next_id"
+"""In a state dict: the id that a new sample gets, so that no id of one that was dropped is given again."""
+
 
 class Rows(nn.Module):
     """The buffers of a `nnheads.memory.Memory`, packed at the front, and what is read from them.
@@ -163,6 +166,6 @@ class Rows(nn.Module):
         return ["keys", "labels", "ids", "soft_row", *(f"column_{name}" for name in self.columns)]
 
     def _filled(self) -> dict[str, Tensor]:
-        """What a state dict holds, by name: the rows that hold a sample, and the soft labels."""
+        """What a state dict holds, by name: the rows that hold a sample, the soft labels, and the next id."""
         filled = {name: self.get_buffer(name)[: self._count] for name in self._row_buffers()}
-        return {**filled, "soft": self.soft}
+        return {**filled, "soft": self.soft, NEXT_ID: torch.tensor(self._next_id)}

@@ -33,10 +33,12 @@ class CodeIndex:
 
     Args:
         metric: ``"l2"`` (default), ``"l1"`` or ``"cosine"``.
+        scan: whether FAISS may scan the codes where it can; False leaves all to torch.
     """
 
-    def __init__(self, metric: Metric = "l2") -> None:
+    def __init__(self, metric: Metric = "l2", *, scan: bool = True) -> None:
         self.metric: Metric = metric
+        self.scan = scan
         self._codes: Tensor | None = None
         self._quantizer: ProductQuantizer | None = None
         self._scan: FastScan | None = None
@@ -84,7 +86,7 @@ class CodeIndex:
 
     def _nearest(self, queries: Tensor, codes: Tensor, quantizer: ProductQuantizer, k: int) -> Tensor:
         scanned = _SCANNED[len(queries) > _FEW] * fetched(k)
-        if self.metric == "l2" and len(codes) >= scanned and can_scan(codes, quantizer):
+        if self.scan and self.metric == "l2" and len(codes) >= scanned and can_scan(codes, quantizer):
             if self._scan is None or not self._scan.holds(codes, quantizer):
                 self._scan = FastScan(codes, quantizer)
             return self._scan.nearest(quantizer.turn(queries), k)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._coded_rows import QUANTIZER, CodedRows
-from ._rows import ColumnWidth
+from ._rows import NEXT_ID, ColumnWidth
 from .errors import ShapeError
 
 __all__ = ["ColumnWidth", "Memory"]
@@ -53,7 +53,7 @@ class Memory(CodedRows):
             keys: (n, d) embeddings, finite; cast to the memory's dtype and device.
             labels: (n,) int64 class of each, 0 or more; a new class widens the memory. (n, C) gives soft labels, the
                 largest of which becomes the label kept.
-            ids: (n,) int64, 0 or more; new ones above every id seen so far by default.
+            ids: (n,) int64, 0 or more; by default new ones above every id there ever was, saved and loaded or not.
 
         Returns:
             (n,) the ids.
@@ -263,10 +263,12 @@ class Memory(CodedRows):
             if not codes:
                 self.codes = self.codes.new_zeros(0, 0)
         self.active = torch.ones(self._count, dtype=torch.bool, device=self.keys.device)
-        self._next_id = max(self._next_id, int(self.ids.max()) + 1 if self._count else 0)
+        # Older files do not have it; then ids above those held may be those of samples that were dropped.
+        counted = state_dict.get(prefix + NEXT_ID, self.ids.new_zeros(()))
+        self._next_id = max(self._next_id, int(counted.max()), int(self.ids.max()) + 1 if self._count else 0)
         self._moved()
         self._changed = None
         if self.coder is not None and not self.coded:
             self.compress()  # saved by a memory without a coding
-        known = {prefix + name for name in names} | set(quantizer if self.coder is not None else [])
+        known = {prefix + name for name in (*names, NEXT_ID)} | set(quantizer if self.coder is not None else [])
         unexpected_keys.extend(k for k in state_dict if strict and k.startswith(prefix) and k not in known)

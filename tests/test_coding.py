@@ -15,6 +15,7 @@ from nnheads.code_index import CodeIndex
 from nnheads.errors import ConfigError
 from nnheads.functional import neighbor_distances
 from nnheads.heads import MemoryHead, build_head
+from nnheads.heads.compressed import compressed_head
 from nnheads.quantize import ProductQuantizer
 from nnheads.strategies.budget import centers_within
 
@@ -99,7 +100,7 @@ def test_few_centers_get_small_codebooks_and_fewer_none_and_the_log_says_so(capl
 def test_memory_counts_codes_and_codebooks() -> None:
     head = filled()
     books = sum(t.numel() * t.element_size() for t in quantizer_of(head).state().values())
-    assert head.memory.bytes == 600 * (8 + 3 * 8) + books + 2 * 8
+    assert head.memory.bytes == 600 * (8 + 3 * 8) + books + 2 * 8 + 8  # the next id
 
 
 @pytest.mark.parametrize("options", [{}, {"rotation": "none"}, {"code_bits": 4, "rotation": "opq"}])
@@ -289,3 +290,24 @@ def test_options_that_cannot_work_are_refused_in_one_line(options: dict[str, obj
     with pytest.raises(ConfigError, match=f"head 'impostor': .*{says}"):
         build_head("impostor", 32, 4, **options)
     assert filled(bytes_per_center=0).memory.coder is None
+
+
+def test_engines_of_raw_centers_are_refused_for_compressed_ones() -> None:
+    for engine in ("faiss", "hnsw", "pq"):
+        with pytest.raises(ConfigError, match=f"engine '{engine}' searches raw centers.*leave out engine or bytes"):
+            build_head("impostor", 32, 4, bytes_per_center=16, engine=engine)
+    z, y = torch.randn(4200, 32, generator=torch.Generator().manual_seed(0)), torch.arange(4200) % 4
+    found = {}
+    for engine in ("auto", "torch"):
+        head = build_head("knn", 32, 4, k=5, bytes_per_center=16, code_bits=4, engine=engine).eval()
+        assert isinstance(head, MemoryHead)
+        head.add(z, y)
+        found[engine] = head.neighbors(z[:40]).distances
+        assert isinstance(head._index, CodeIndex)
+        assert head._index.scan == (engine == "auto")
+    torch.testing.assert_close(found["auto"], found["torch"])
+    raw = build_head("knn", 32, 4, engine="hnsw")
+    assert isinstance(raw, MemoryHead)
+    raw.add(z, y)
+    twin = compressed_head(raw)
+    assert (twin.engine, twin.memory.coded, len(twin.memory)) == ("auto", True, 4200)

@@ -294,10 +294,63 @@ def test_add_predict_and_forget_on_a_checkpoint(
 
 
 def test_what_forgetting_costs() -> None:
-    found = measure(centers=2000, width=16, dropped=100, rounds=2, device="cpu")
+    found = measure(centers=20_000, width=64, dropped=400, rounds=3, device="cpu")
     assert set(found["heads"]) == set(MEMORY_HEADS)
-    for times in found["heads"].values():
-        assert 0 < times["both_seconds"] <= times["both_seconds_largest"] < 1
+    for name, times in found["heads"].items():
+        assert 0 < times["drop_seconds"] <= times["both_seconds"] <= times["both_seconds_largest"], name
+        assert times["both_seconds"] < 0.2, name  # the bar for 1,000 of 50,000 of 512 numbers
+
+
+@pytest.mark.parametrize("name", MEMORY_HEADS)
+def test_what_was_forgotten_decides_nothing_any_more(name: str) -> None:
+    """Answers are those of a head that never stored the samples, of which the index knew."""
+    y = torch.arange(600) % 6
+    z = 0.5 * torch.randn(600, 8, generator=torch.Generator().manual_seed(0)) + 3 * torch.eye(6, 8)[y]
+    head, other = (build_head(name, 8, 6).eval() for _ in range(2))
+    assert isinstance(head, MemoryHead)
+    assert isinstance(other, MemoryHead)
+    other.load_state_dict(head.state_dict())
+    gone = torch.arange(0, 600, 6)  # a whole class
+    head.add(z, y)
+    before = head(z)  # the index is built
+    assert bool((before[gone].argmax(1) == 0).all()) or name == "biased"
+    head.drop(gone)
+    kept = y != 0
+    other.add(z[kept], y[kept], torch.arange(600)[kept])
+    for each in (head, other):
+        each.refreshed()
+    torch.testing.assert_close(head(z), other(z), atol=1e-5, rtol=1e-4)
+    assert not torch.isin(head.neighbors(z, k=20).ids, gone).any()
+    assert head(z[gone]).exp()[:, 0].max() < 0.2
+
+
+def test_the_id_of_a_forgotten_sample_is_not_given_again(
+    digits: ImageData, eights: nnheads.HeadedModel, tmp_path: Path
+) -> None:
+    folder = nnheads.save(eights, tmp_path / "model")
+    (first,) = editing.add(folder, digits.train.images[:1], ["one"]).tolist()
+    editing.forget(folder, [first])
+    (second,) = editing.add(folder, digits.train.images[:1], ["one"]).tolist()
+    assert second == first + 1
+    # nor where the model is loaded and saved by hand, or copied
+    model = nnheads.load(folder)
+    model.drop([second])
+    again = nnheads.load(nnheads.save(model, tmp_path / "other"))
+    assert again.add(digits.train.images[:2], torch.tensor([1, 1])).tolist() == [second + 1, second + 2]
+    assert isinstance(model.head, MemoryHead)
+    twin = build_head(model.head.name, model.head.in_features, model.head.num_classes)
+    state = model.head.state_dict()
+    twin.load_state_dict(state)
+    assert isinstance(twin, MemoryHead)
+    assert twin.add(torch.zeros(1, twin.in_features), torch.tensor([1])).tolist() == [second + 1]
+    # files from before there was a counter load as they did
+    old = build_head(model.head.name, model.head.in_features, model.head.num_classes)
+    old.load_state_dict({name: part for name, part in state.items() if not name.endswith("next_id")})
+    assert isinstance(old, MemoryHead)
+    assert len(old.memory) == len(model.head.memory)
+    assert old.add(torch.zeros(1, old.in_features), torch.tensor([1])).tolist() == [
+        int(model.head.memory.ids.max()) + 1
+    ]
 
 
 def test_a_label_far_beyond_the_classes_is_a_mistake() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from .._codebooks import parse_rotation
 from ..coding import ROTATION, Coding
 from ..errors import ConfigError
 from ..quantize import MAX_BYTES, MIN_BYTES
 from .base import positive
-from .memory_head import MemoryHead
+from .memory_head import CODE_ENGINES, MemoryHead
 from .registry import build_head
 
 
@@ -25,8 +25,9 @@ def coding_of(
     `nnheads.fit` is one, centers are kept as they come. Codebooks are trained with the centers there are, and keep
     what they learned of one that is dropped, as the backbone's weights do.
 
-    Codes are searched by `nnheads.code_index.CodeIndex`; a head's ``engine`` is for raw centers, among them ``"pq"``,
-    which searches 4-bit codes and ranks what it finds by the exact centers, which it keeps.
+    Codes are searched by `nnheads.code_index.CodeIndex`; of a head's engines it takes ``"auto"`` and ``"torch"``. The
+    others are for raw centers, among them ``"pq"``, which searches 4-bit codes and ranks what it finds by the exact
+    centers, which it keeps.
 
     Args:
         head: its name, for messages.
@@ -73,7 +74,9 @@ def compressed_head(
     Raises:
         ConfigError: a head that does not compress its centers, or a value that cannot work.
     """
-    options = {"bytes_per_center": bytes_per_center, "rotation": rotation, "code_bits": code_bits}
+    options: dict[str, Any] = {"bytes_per_center": bytes_per_center, "rotation": rotation, "code_bits": code_bits}
+    if bytes_per_center and head.engine not in CODE_ENGINES:
+        options["engine"] = "auto"  # what it searched is not there
     twin = build_head(head.name, head.in_features, head.num_classes, **{**head.config(), **options})
     assert isinstance(twin, MemoryHead)
     twin.to(head.memory.keys.device).load_state_dict(head.state_dict())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..code_index import CodeIndex
 from ..coding import Coding
-from ..errors import EmptyMemoryError, ShapeError
+from ..errors import ConfigError, EmptyMemoryError, ShapeError
 from ..functional import Metric, neighbor_distances
 from ..index import Engine, Index, build_index
 from ..memory import ColumnWidth, Memory
@@ -24,6 +24,9 @@ from .outliers import OutlierScore, outlier_scores
 
 MAX_NEW_CLASSES: Final = 10_000
 """Most classes that one call adds: a label beyond is a mistake (an id, a pixel), not a wish for that many columns."""
+
+CODE_ENGINES: Final = ("auto", "torch")
+"""Engines of a head whose centers are compressed; ``"torch"`` keeps FAISS out of the search among codes."""
 
 _SAMPLED: Final = 1024  # stored samples that a width is chosen from
 
@@ -64,6 +67,11 @@ class MemoryHead(Head):
         super().__init__(in_features, num_classes)
         positive(self.name, "k", k, integer=True)
         one_of(self.name, "metric", metric, ("l2", "l1", "cosine"))
+        if coding is not None and engine not in CODE_ENGINES:
+            raise ConfigError(
+                f"head {self.name!r}: engine {engine!r} searches raw centers, and compressed ones are searched among "
+                "their codes: leave out engine or bytes_per_center"
+            )
         self.k = k
         self.metric: Metric = metric
         self.normalize = normalize
@@ -290,7 +298,7 @@ class MemoryHead(Head):
         memory = self.memory
         if memory.coder is not None and memory.coder.quantizer is not None and memory.coded:
             if not isinstance(self._index, CodeIndex):
-                self._index = CodeIndex(self.metric)
+                self._index = CodeIndex(self.metric, scan=self.engine != "torch")
             self._index.build(memory.codes[: len(memory)], memory.coder.quantizer)
             return self._index
         if self._index is None or isinstance(self._index, CodeIndex):
