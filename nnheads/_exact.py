@@ -1,10 +1,12 @@
 """Exact nearest rows by matrix products: plain, with a top-k in two stages, and in bfloat16 with a proof a query.
 
-In bfloat16 a score is off by at most ``|q^||c - c^| + |q - q^||c|`` (Cauchy-Schwarz, q^ and c^ being the rounded
-vectors). That bound is added to the score inside the product, as two more columns, so that what is searched are upper
-bounds; a few more candidates than asked are compared in float32. Where the k-th of these beats the upper bound of every
+In bfloat16 a product is off by at most ``|q^||c - c^| + |q - q^||c|`` (Cauchy-Schwarz, q^ and c^ being the rounded
+vectors). That bound is taken off the distance inside the product, as two more columns: what is searched are lower
+bounds; a few more candidates than asked are compared in float32. Where the k-th of these beats the lower bound of every
 row that is no candidate, the answer is proved to be that of the whole search in float32; the queries where it does not
 are searched so.
+
+Positive bfloat16 numbers are in the order of their bits, and minima of 16-bit integers are found several times sooner.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES: Final = 256 * 2**20  # distances held at once
-_PART_NUMBERS: Final = 2**23  # upper bounds held at once, 16 MB
+_PART_NUMBERS: Final = 2**24  # lower bounds held at once, 32 MB
+_BLOCK_NUMBERS: Final = 2**21  # of these that a processor keeps near while it looks for their minima
 _HIDDEN: Final = -1e30  # finite: its differences are no NaN
 _EXTRA_COLUMNS: Final = 8
 _SAMPLE: Final = 1024
+_FEW_QUERIES: Final = 16
 _MANY: Final = 0.02
 _WIDEST: Final = 8
 
@@ -157,10 +161,10 @@ class HalfKeys:
         """(B, k) rows, nearest first; ``k`` is at most the number of rows that may be found, none behind ``extent``."""
         extent = len(self._keys) if extent is None else extent
         half = self._half[: -(-extent // 256) * 256]
-        # Wide keys are worth reading for many queries at once, narrow ones cost less than what is written.
-        numbers = _PART_NUMBERS * (2 if self._half.shape[1] > 256 else 1)
-        part = min(len(queries), 512, max(64, numbers // len(half)))
-        held = half.new_empty(part * len(half))
+        most = max(64, min(512, _PART_NUMBERS // len(half) // 32 * 32))
+        parts = -(-len(queries) // most)
+        part = -(-len(queries) // (32 * parts)) * 32  # tiles of the processor are filled
+        held = half.new_empty(min(part, len(queries)) * len(half))
         found, proved = zip(*(self._part(some, k, extent, half, held) for some in queries.split(part)), strict=True)
         rows, sure = (found[0], proved[0]) if len(found) == 1 else (torch.cat(found), torch.cat(proved))
         unsure = (~sure).nonzero().flatten()
@@ -173,41 +177,62 @@ class HalfKeys:
         return rows
 
     def _part(self, queries: Tensor, k: int, extent: int, half: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (b, k) and whether each query's are proved (b,); the upper bounds are written to ``held``."""
+        """Rows (b, k) and whether each query's are proved (b,); the lower bounds are written to ``held``."""
         batch = len(queries)
         centered = queries - self._mean
-        bounds, shift = self._bounds(centered, half, held)
         want = min(k + self._widening * max(16, k // 2), extent)
-        size = group_size(len(half), want) or 1
-        grouped = bounds.view(-1, size, batch)
-        best = grouped.amax(1).T.contiguous().topk(min(want, len(grouped)), dim=1, sorted=False).indices
-        candidates = (best.unsqueeze(2) * size + torch.arange(size, device=best.device)).flatten(1)
-        column = torch.arange(batch, device=best.device).unsqueeze(1)
-        flat = (candidates * batch + column).flatten()
-        top = bounds.view(-1).index_select(0, flat).view(batch, -1).topk(want, dim=1, sorted=False)
-        rows = candidates.gather(1, top.indices)
-        best_exact = (self._scores(centered, rows) + shift).topk(k, dim=1)
-        last = top.values.amin(1).float()
-        bound = last + last.abs() * 2.0**-8  # bounds were rounded to bfloat16 once more
-        return rows.gather(1, best_exact.indices), best_exact.values[:, -1] >= bound
+        size = _side(len(half), want)
+        bounds, least, shift = self._bounds(centered, half, held, size)
+        column = torch.arange(batch, device=half.device).unsqueeze(1)
+        # Groups of groups, then groups, then rows: each time the smallest lie in those with the smallest minima.
+        least_of_groups = least.view(-1, size, batch).amin(1)
+        rows, last = _smallest(least_of_groups.T, min(want, len(least_of_groups)))
+        for values in (least, bounds):
+            rows = (rows.unsqueeze(2) * size + torch.arange(size, device=half.device)).flatten(1)
+            inside = values.view(-1).index_select(0, (rows * batch + column).flatten()).view(batch, -1)
+            near, last = _smallest(inside, min(want, inside.shape[1]))
+            rows = rows.gather(1, near)
+        exact = (shift - self._scores(centered, rows)).topk(k, dim=1, largest=False)
+        bound = _ordered(last).view(torch.bfloat16).float()
+        bound -= bound.abs() * 2.0**-8  # bounds were rounded to bfloat16 once more
+        sure = exact.values[:, -1] <= bound
+        if batch > _FEW_QUERIES:
+            sure &= last >= 0
+        return rows.gather(1, exact.indices), sure
 
-    def _bounds(self, centered: Tensor, half: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-        """(N', b) bfloat16 upper bounds of ``q'.c' - offset + shift``, and the shift (b, 1).
+    def _bounds(self, centered: Tensor, half: Tensor, held: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The bits (N', b) of bfloat16 lower bounds of ``shift - score``, minima (N' / size, b), and the shift (b, 1).
 
-        A bfloat16 number is precise near zero alone, so the scores are shifted until the best are near zero.
+        The order of the bits is that of the bounds where these are not negative, and everywhere for few queries. A
+        bfloat16 number is precise near zero alone: the shift brings the nearest rows there, a few of them below zero.
         """
+        batch, few = len(centered), len(centered) <= _FEW_QUERIES
         rounded = centered.bfloat16()
         error, norm = (centered - rounded.float()).norm(dim=1), centered.norm(dim=1)
         one, zero = torch.ones_like(norm), torch.zeros_like(norm)
-        sides = [_up(norm), _up(error)]
-        guess = torch.cat([rounded, torch.stack([one] * 3 + [zero] * 5, 1).bfloat16()], 1)
+        sides = [-_up(norm), -_up(error)]
+        # The largest score there can be, so that distances from it are positive.
+        most = (centered + self._mean).norm(dim=1) - centered @ self._mean if self._inner else norm.square() / 2
+
+        def queries(shift: Tensor, sides: list[Tensor]) -> Tensor:
+            return torch.cat([-rounded, torch.stack([-one] * 3 + [*_pieces(shift), *sides], 1).bfloat16()], 1).T
+
         step = max(1, len(half) // _SAMPLE)
-        shift = -(half[::step] @ guess.T).amax(0).float()
-        shift = torch.where(shift < -_HIDDEN / 2, shift, zero)
-        full = torch.stack([one] * 3 + [*_pieces(shift), *sides], 1)
-        sides_too = torch.cat([rounded, full.bfloat16()], 1)
-        out = held[: len(half) * len(centered)].view(-1, len(centered))
-        return torch.mm(half, sides_too.T, out=out), shift.unsqueeze(1)
+        sample = torch.mm(half[:: step if few else min(step, 8)], queries(1.02 * most, [zero, zero])).view(torch.int16)
+        least = sample.amin(0).view(torch.bfloat16).float()
+        shift = 1.02 * most - 0.9 * torch.where(least < -_HIDDEN / 2, least, zero)
+        sides_too = queries(shift, sides)
+        bounds = held[: len(half) * batch].view(-1, batch)
+        minima = torch.empty(len(half) // size, batch, dtype=torch.int16, device=half.device)
+        rows = max(256, _BLOCK_NUMBERS // batch // 256 * 256)
+        for at in range(0, len(half), rows):
+            block = bounds[at : at + rows]
+            torch.mm(half[at : at + rows], sides_too, out=block)
+            bits = block.view(torch.int16)
+            if few:
+                bits.copy_(_ordered(bits))
+            torch.amin(bits.view(-1, size, batch), 1, out=minima[at // size : (at + rows) // size])
+        return bounds.view(torch.int16), minima, shift.unsqueeze(1)
 
     def _scores(self, centered: Tensor, rows: Tensor) -> Tensor:
         """(b, c) float32 scores of candidate rows (b, c)."""
@@ -215,6 +240,33 @@ class HalfKeys:
         away = self._half_offset[rows]
         scores = products - centered @ self._mean.unsqueeze(1) - away
         return scores.masked_fill_(away == torch.inf, -torch.inf)
+
+
+def _side(rows: int, want: int) -> int:
+    """Rows in a group, and groups in a group of groups."""
+    size = 1
+    while size < 16 and 12 * size**3 * want <= rows:
+        size *= 2
+    return size
+
+
+def _smallest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of int16 values (b, n): places of the ``count`` smallest (b, count), in no order, and the last of these (b,)."""
+    width = values.shape[1]
+    dtype, bits = (torch.int32, 16) if width <= 2**16 else (torch.int64, 32)
+    packed = values.to(dtype, memory_format=torch.contiguous_format) << bits  # in front of the place
+    packed |= torch.arange(width, dtype=dtype, device=values.device)
+    if count < width and packed.is_cuda:
+        packed = packed.topk(count, dim=1, largest=False).values
+    elif count < width:
+        packed.numpy().partition(count - 1, axis=1)
+        packed = packed[:, :count]
+    return (packed & (2**bits - 1)).long(), (packed.amax(1) >> bits).to(torch.int16)
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """The bits of bfloat16 numbers as int16 in the order of the numbers, and back."""
+    return bits ^ ((bits >> 15) & 0x7FFF)
 
 
 def _pieces(values: Tensor) -> list[Tensor]:

@@ -205,7 +205,7 @@ def _best_of(search: Callable[[], Tensor], device: torch.device, times: int = 4)
 def _key(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     faiss = load_faiss().__version__ if faiss_available() else "none"
-    return f"{name}; {torch.get_num_threads()} threads; torch {torch.__version__}; faiss {faiss}; 1"
+    return f"{name}; {torch.get_num_threads()} threads; torch {torch.__version__}; faiss {faiss}; 2"
 
 
 def _processor() -> str:

@@ -167,3 +167,30 @@ def test_a_fit_recovers_what_probes_cost(monkeypatch: pytest.MonkeyPatch) -> Non
     model = CostModel(search_costs._fit(CPU), "measured")
     for size in sizes:
         assert model.seconds("torch", *size) == pytest.approx(CostModel({"torch": truth}, "").seconds("torch", *size))
+
+
+@pytest.mark.parametrize("width", [40, 70_000])
+def test_the_smallest_of_sixteen_bits_are_found_in_any_width(width: int) -> None:
+    values = torch.randint(-(2**15), 2**15, (3, width), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    for count in (1, 7, width):
+        places, last = _exact._smallest(values, count)
+        assert torch.equal(values.gather(1, places).sort(1).values, values.sort(1).values[:, :count])
+        assert torch.equal(last, values.sort(1).values[:, count - 1])
+
+
+def test_the_bits_of_bfloat16_are_brought_into_the_order_of_the_numbers() -> None:
+    numbers = torch.tensor([-1e30, -2.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 2.0, 1e30], dtype=torch.bfloat16)
+    bits = _exact._ordered(numbers.view(torch.int16))
+    assert bits.tolist() == sorted(bits.tolist())
+    assert torch.equal(_exact._ordered(bits).view(torch.bfloat16), numbers)
+
+
+@pytest.mark.parametrize("batch", [1, 300])
+def test_many_rows_at_a_query_are_told_apart(batch: int) -> None:
+    keys = clusters(9000, 32)
+    # more of them than candidates
+    keys[::40] = keys[0] + 1e-3 * torch.randn(225, 32, generator=torch.Generator().manual_seed(3))
+    queries = torch.cat([keys[:1], clusters(batch - 1, 32, 1)])
+    found = HalfKeys(keys, keys.square().sum(1), inner=False).nearest(queries, 8)
+    near = distances(queries, keys)
+    torch.testing.assert_close(near.gather(1, found), near.sort(1).values[:, :8], rtol=1e-4, atol=1e-2)
