@@ -19,6 +19,7 @@ from nnheads.gating import count_flops, sweep_threshold
 from nnheads.headed import HeadedModel
 from nnheads.heads import BiasedHead
 from nnheads.heads.gate import Verdicts, held_out, per_class_rank
+from nnheads.heads.projectors import build_projector
 from nnheads.split import Split
 from nnheads.training import fit_gate
 
@@ -472,3 +473,17 @@ def test_flops_of_the_parts() -> None:
     assert found.first == stem
     assert found.second > 3 * found.first
     assert found.projector < 0.1 * (found.first + found.second)
+
+
+@pytest.mark.parametrize("shape", [(6, 17, 17), (3, 40, 24), (8, 1, 1), (5, 9), (7,)])
+def test_the_pooled_projector_answers_alike_in_any_memory_format(shape: tuple[int, ...]) -> None:
+    projector = build_projector({"kind": "pooled", "shape": shape, "dim": 5})
+    assert projector is not None
+    projector.eval()
+    h = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
+    found = projector(h)
+    assert found.shape == (4, 5)
+    if h.dim() == 4:
+        torch.testing.assert_close(projector(h.to(memory_format=torch.channels_last)), found, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(projector(h[2:3]), found[2:3], atol=1e-5, rtol=1e-4)
+    assert projector(h[:0]).shape == (0, 5)
