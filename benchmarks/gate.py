@@ -24,7 +24,7 @@ from torch import Tensor
 from nnheads.attach import attach_head
 from nnheads.backbones import build_backbone
 from nnheads.benchmarks.datasets import ImageData, load_dataset, load_images
-from nnheads.benchmarks.plots import save_figure
+from nnheads.benchmarks.plots import new_figure, save_figure
 from nnheads.benchmarks.results import device_name, versions, write_json
 from nnheads.data import ImageSet
 from nnheads.errors import ConfigError
@@ -147,10 +147,8 @@ def unexpected(dense: HeadedModel, gated: HeadedModel, test: ImageSet, data_dir:
 
 def figure(found: dict[str, Any]) -> Any:
     """Accuracy and time against the share of test images that skip."""
-    from matplotlib.figure import Figure
-
     points = found["sweep"]["points"]
-    drawn = Figure(figsize=(8, 3.6), layout="constrained")
+    drawn = new_figure(8, 3.9)
     left, right = drawn.subplots(1, 2)
     skipped = [100 * p["skipped"] for p in points]
     left.plot(skipped, [100 * p["accuracy"] for p in points], marker="o")
@@ -164,6 +162,8 @@ def figure(found: dict[str, Any]) -> Any:
     right.axvline(100 * found["skipped"], color="tab:orange", label="chosen threshold")
     right.set(xlabel="test images that skip f2 (%)", ylabel="time of a batch, whole network = 1", ylim=(0, None))
     right.legend()
+    where = f"{found['backbone']} cut behind {found['at']}, {found['epochs']} epochs, seed {found['seed']}"
+    drawn.suptitle(f"biased head on {found['dataset']}: {where}; {found['device']}", fontsize=9)
     return drawn
 
 

@@ -132,10 +132,12 @@ def curves_figure(summary: dict[str, Any]) -> Figure:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy on all classes seen (%)")
     handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        [handles[name] for name in names], names, loc="outside lower center", ncols=min(3, len(names)), fontsize=8
-    )
-    seeds = ", ".join(map(str, summary["seeds"]))
+    fewer = {row["name"]: row["seeds"] for row in rows if len(row["seeds"]) < len(summary["seeds"])}
+    titles = [f"{n} (seed {', '.join(map(str, fewer[n]))} alone)" if n in fewer else n for n in names]
+    fitting = int(13 * figure.get_figwidth()) // (max(map(len, titles)) + 6)  # letters an inch, a line and its marker
+    columns = max(1, min(3, len(names), fitting))
+    figure.legend([handles[name] for name in names], titles, loc="outside lower center", ncols=columns, fontsize=8)
+    seeds = ",\N{NO-BREAK SPACE}".join(map(str, summary["seeds"]))
     shown = f"mean and standard deviation over seeds {seeds}" if len(summary["seeds"]) > 1 else f"seed {seeds}"
     held = _part(summary["settings"])
     title = f"{summary['stream']}, {summary['settings']['scenario']}-incremental: {shown}{held}"

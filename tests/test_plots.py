@@ -33,7 +33,8 @@ RESULTS: dict[str, Any] = {
 
 
 def row(name: str, memory: int | None, mean: list[float], spread: list[float | None]) -> dict[str, Any]:
-    return {"name": name, "memory": memory, "curve": {"mean": mean, "spread": spread}}
+    seeds = [0] if spread[0] is None else [0, 2]
+    return {"name": name, "memory": memory, "seeds": seeds, "curve": {"mean": mean, "spread": spread}}
 
 
 SUMMARY: dict[str, Any] = {
@@ -94,7 +95,9 @@ def test_curves_have_a_panel_for_each_memory_and_a_line_for_each_row() -> None:
     [band] = small.collections  # er-ace has one seed, naive no spread
     assert band.get_paths()[0].vertices[:, 1].min() == pytest.approx(70)
     assert small.lines[0].get_color() == large.lines[0].get_color()
-    assert "seeds 0, 2" in figure.get_suptitle()
+    assert "seeds 0,\N{NO-BREAK SPACE}2" in figure.get_suptitle()
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["replay", "er-ace (seed 0 alone)", "naive"]
     assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in small.lines}) == 3
 
 
