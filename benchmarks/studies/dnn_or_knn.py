@@ -28,7 +28,7 @@ def run(job: Job) -> Outcome:
     channels, side = data.train.images.shape[1], data.train.images.shape[2]
     network, layers = dnn_or_knn_network(settings["model"], channels, data.train.num_classes, side)
     view = View(job, data, network)
-    done = trained(job, data, network, lambda step: view.along(step))
+    done = trained(job, data, network, lambda step: view.along())
     job.report("looking at the embeddings", 0, 0)
     measures, series = view.at_the_end(layers, settings["table_1"])
     series["training"] = done.columns()

@@ -64,7 +64,7 @@ class View:
         self.few_test = sample(data.test, some, job.seed)
         self.judged_train = sample(self.few_train, some, job.seed)
 
-    def along(self, step: int) -> dict[str, float]:
+    def along(self) -> dict[str, float]:
         """Accuracies and agreement on test and training images, with the few images of a look along the way."""
         known, labels, _ = self.embedded(self.few_train)
         found: dict[str, float] = {}
