@@ -177,7 +177,9 @@ class HeadedModel(nn.Module):
                     f"input of shape {tuple(x.shape)}: give inputs of the size the backbone is made for"
                 )
         if not checked:
-            self._check(output, embeddings)
+            # As a decorator it would load torch's compiler, a second, for those who compile nothing.
+            check = torch.compiler.disable(self._check) if torch.compiler.is_compiling() else self._check
+            check(output, embeddings)
         return embeddings[0] if len(embeddings) == 1 else torch.stack(embeddings).mean(0)
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -342,7 +344,6 @@ class HeadedModel(nn.Module):
         self._replaced = ()
         self._split = None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _check(self, output: object, embeddings: list[Tensor]) -> None:
         """That the output follows from the embeddings; decided by values, so only on a batch with any."""
         if not embeddings[0].numel():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from nnheads.benchmarks.speed import stream
 from nnheads.benchmarks.speed.harness import OURS, Settings, Timings, document, in_turn
 from nnheads.benchmarks.speed.registry import BENCHES
 from nnheads.cli.main import app
@@ -61,3 +62,18 @@ def test_the_command_lists_measures_and_names_mistakes(tmp_path: Path) -> None:
         (["embeddings"], ConfigError),
     ):
         assert isinstance(CliRunner().invoke(app, ["bench", *wrong]).exception, kind)
+
+
+def test_learning_a_stream_is_timed_beside_avalanche_and_a_plain_loop(tmp_path: Path) -> None:
+    out = tmp_path / "stream.json"
+    done = CliRunner().invoke(app, ["bench", "stream", "--quick", "--rounds", "1", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    first, *ratios = json.loads(out.read_text())["rows"]
+    counts = first["gradient_samples"]
+    assert (
+        set(first["ms"])
+        == set(counts)
+        == {OURS, f"{OURS}, dense head", stream.AVALANCHE, stream.AVALANCHE_HALF, stream.PLAIN}
+    )
+    assert max(counts.values()) <= 1.05 * min(counts.values())  # ratios are of equal work
+    assert [row["case"] for row in ratios if "met" in row] == ["over Avalanche's Replay", "over a plain loop"]

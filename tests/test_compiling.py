@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,12 @@ def test_embeddings_are_ordinary_tensors_and_a_refresh_leaves_ordinary_centers()
     model.refresh(BatchLoader(images(), preprocessing, 16))
     assert not any(tensor.is_inference() for tensor in [*model.buffers(), *model.parameters()])
     model.train().loss(preprocessing(images().images), images().labels, images().ids).backward()
+
+
+def test_putting_a_head_on_a_model_loads_no_compiler() -> None:
+    code = "import sys, nnheads; nnheads.attach_head; print(int('torch._dynamo' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0"]  # it takes a second
 
 
 @pytest.mark.slow
