@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,7 +52,7 @@ def study(
 ) -> None:
     """Rerun the experiments of a paper: every table and figure, beside the published numbers.
 
-    Several processes with the same --out and --resume share the work.
+    Several processes with the same --out and --resume share the work, as do those that torchrun starts.
     """
     given = options.seeds(seeds)
     if name == "list":
@@ -76,11 +77,36 @@ def study(
         return
     plan.study.chosen(scale, plan.tables, plan.only)
     with screen.interruptible(lambda: "nothing"), results_folder(out, stem, resume=resume) as folder:
+        if "RANK" in os.environ:
+            _together(plan, out, resume, as_json, quiet)
+            return
         results = _run(plan, folder, resume, quiet or as_json)
         _report(plan, folder, results, as_json, quiet)
 
 
-def _run(plan: StudyRun, folder: Path, resume: bool, quiet: bool) -> list[dict[str, Any]]:
+def _together(plan: StudyRun, out: Path | None, resume: bool, as_json: bool, quiet: bool) -> None:
+    """Cells are shared out among the processes that torchrun started, each on a device of its own; the first reports.
+
+    Nothing is sent between them, so that a cell may take as long as it likes.
+    """
+    from nnheads import distributed
+    from nnheads.benchmarks.studies.running import check_fresh
+
+    if out is None:
+        raise ConfigError("processes of torchrun need the same folder: name it with --out")
+    folder, main = out.expanduser(), distributed.launched_rank() == 0
+    distributed.join()
+    if main and not resume:
+        check_fresh(folder)
+    distributed.wait()
+    with distributed.alone():
+        results = _run(plan, folder, True, quiet or as_json or not main, wait=main)
+        if main:
+            _report(plan, folder, results, as_json, quiet)
+    distributed.leave()
+
+
+def _run(plan: StudyRun, folder: Path, resume: bool, quiet: bool, *, wait: bool = False) -> list[dict[str, Any]]:
     from nnheads.benchmarks.studies.running import run_study
     from nnheads.cli.progress import Bar
 
@@ -99,7 +125,7 @@ def _run(plan: StudyRun, folder: Path, resume: bool, quiet: bool) -> list[dict[s
         def skipped(cell: str, reason: str) -> None:
             bar.line(f"skipped {cell}: {reason}")
 
-        return run_study(plan, folder, resume=resume, progress=bar, finished=finished, skipped=skipped)
+        return run_study(plan, folder, resume=resume, wait=wait, progress=bar, finished=finished, skipped=skipped)
 
 
 def _report(plan: StudyRun, folder: Path, results: list[dict[str, Any]], as_json: bool, quiet: bool) -> None:

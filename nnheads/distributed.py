@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 _sharing = False
 _split = False
+_alone = False
 
 
 def launched() -> int:
     """How many processes ``torchrun`` started, whether or not they have joined; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ and not _alone else 1
 
 
 def launched_rank() -> int:
@@ -54,7 +55,7 @@ def join() -> bool:
 
 def world_size() -> int:
     """How many processes there are; 1 where there is no group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if not _alone and dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -71,6 +72,17 @@ def leave() -> None:
     """Leave the group, at the end of a program that joined it."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work for a while as the only process there is, on the device that `join` chose: what is trained is not shared."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 @contextmanager

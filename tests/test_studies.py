@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from nnheads.analysis import knn_predictions, probe
+from nnheads.benchmarks.locks import exclusive
 from nnheads.benchmarks.studies.fitting import Recipe, cross_entropy, moments, train
 from nnheads.benchmarks.studies.images import fitted, statistics, study_images
 from nnheads.benchmarks.studies.networks import activation_convnet, dnn_or_knn_network
@@ -466,3 +468,38 @@ def test_a_folder_of_images_is_read_in_the_size_of_the_network(tmp_path: Path) -
     assert float((data.train.images[..., 1:] == data.train.images[..., :-1]).float().mean()) < 0.2
     with pytest.raises(DataError, match="no folder cars-196/"):
         study_images(Job({"dataset": "images:cars-196"}, 0, tmp_path, "cpu", lambda *_: None))
+
+
+def test_one_that_waits_takes_over_what_others_leave(tmp_path: Path) -> None:
+    lock = tmp_path / "cells" / ".a-seed0.lock"
+    with ThreadPoolExecutor() as pool, exclusive(lock) as mine:
+        assert mine
+        waiting = pool.submit(run_study, StudyRun(_toy(), "smoke", device="cpu"), tmp_path, wait=True)
+        while not cell_file(tmp_path, "b", 0).is_file():
+            assert not waiting.done()
+            time.sleep(0.01)
+        assert not cell_file(tmp_path, "a", 0).exists()
+        lock.unlink()  # as when its process ends
+        assert [result["cell"] for result in waiting.result(timeout=20)] == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_the_cells_of_a_study(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "nnheads"]
+    arguments = ["study", "nngk", "--scale", "smoke", "--device", "cpu"]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [*launcher, *arguments, *more]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    done = run("--out", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(done.stdout)["results"]  # of one process alone
+    assert len(results) == len(get_study("nngk").chosen("smoke"))
+    assert sorted(path.name for path in (tmp_path / "cells").iterdir()) == sorted(
+        cell_file(tmp_path, result["cell"], 0).name for result in results
+    )
+    again = run("--out", str(tmp_path))
+    assert again.returncode != 0
+    assert "holds results already" in again.stderr

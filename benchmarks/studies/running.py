@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ CELLS = "cells"
 """The folder with the results, in that of the study."""
 
 Progress = Callable[[str, int, int], None]
+
+_LOOK_AGAIN = 0.5  # seconds
 
 
 @final
@@ -60,6 +63,7 @@ def run_study(
     out: Path,
     *,
     resume: bool = False,
+    wait: bool = False,
     progress: Progress | None = None,
     finished: Callable[[dict[str, Any], int, int], None] | None = None,
     skipped: Callable[[str, str], None] | None = None,
@@ -72,6 +76,7 @@ def run_study(
         plan: what to run.
         out: folder of the study.
         resume: keep the cells that ``out`` holds already; without it, such a folder is refused.
+        wait: until cells that other processes are at are finished, too, and take over those that they leave.
         progress: called as the work goes on.
         finished: called with each new result, how many of all are done, and how many there are.
         skipped: called with the cell's name and the reason where a cell's images are missing.
@@ -82,16 +87,19 @@ def run_study(
         CheckpointError: a file in ``out`` cannot be read or written.
     """
     files = plan.files(out)
-    if not resume and any((out / CELLS).glob("*.json")):
-        raise ConfigError(f"{out} holds results already: give another --out, or --resume to finish what is there")
+    if not resume:
+        check_fresh(out)
     found = {path: _held(plan, cell, seed, path) for cell, seed, path in files}
     missing: DataError | None = None
-    for cell, seed, path in files:
-        if found[path] is not None:
-            continue
+    pending = deque(entry for entry in files if found[entry[2]] is None)
+    while pending:
+        cell, seed, path = pending.popleft()
         with exclusive(out / CELLS / f".{path.stem}.lock") as mine:
             # another process is at it, or has finished it since we looked
             found[path] = _held(plan, cell, seed, path) if mine else None
+            if not mine and wait:
+                pending.append((cell, seed, path))
+                time.sleep(_LOOK_AGAIN / len(pending))
             if not mine or found[path] is not None:
                 continue
             done = sum(result is not None for result in found.values())
@@ -110,6 +118,12 @@ def run_study(
     if not results and missing is not None:
         raise missing
     return results
+
+
+def check_fresh(out: Path) -> None:
+    """ConfigError where a folder holds results."""
+    if any((out / CELLS).glob("*.json")):
+        raise ConfigError(f"{out} holds results already: give another --out, or --resume to finish what is there")
 
 
 def read_cells(out: Path, study: Study) -> list[dict[str, Any]]:
