@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnheads.benchmarks import gate, gate_attacks
+from nnheads.benchmarks import gate, gate_attacks, gate_unexpected
 from nnheads.benchmarks.datasets import load_dataset
 from nnheads.data import ImageSet
 from nnheads.errors import ConfigError, DataError
@@ -67,10 +67,10 @@ def test_other_data_are_compared_and_the_own_data_set_is_not(folder: Path, monke
             raise DataError("not here")
         return found[name]
 
-    monkeypatch.setattr(gate, "load_images", load_images)
-    monkeypatch.setattr(gate, "OTHER", 50)
+    monkeypatch.setattr(gate_unexpected, "load_images", load_images)
+    monkeypatch.setattr(gate_unexpected, "OTHER", 50)
     dense, gated = (load(folder / "models" / name) for name in ("dense", "gated"))
-    rows = gate.unexpected(dense, gated, test, Path("data"))
+    rows = gate_unexpected.unexpected(dense, gated, test, Path("data"))
     names = [row["data"] for row in rows]
     assert names == ["own test images", "cifar100", "uniform noise", "Gaussian noise, the images' mean and deviation"]
     assert all(row["images"] == 50 for row in rows)

@@ -30,7 +30,7 @@ LAYERS: list[list[str]] = [
     ["nnheads._coded_rows", "nnheads.memory"],
     ["nnheads.sharded"],
     ["nnheads.heads", "nnheads.data", "nnheads.batches", "nnheads.thumbnails"],
-    ["nnheads.centers", "nnheads.center_choice", "nnheads.headed", "nnheads.loaders"],
+    ["nnheads.centers", "nnheads.center_choice", "nnheads.opened", "nnheads.headed", "nnheads.loaders"],
     ["nnheads.compiling", "nnheads.cutting"],
     ["nnheads.attach", "nnheads.averaging", "nnheads.evaluation", "nnheads.explain", "nnheads.page"],
     ["nnheads.io", "nnheads.weights", "nnheads.testing"],
