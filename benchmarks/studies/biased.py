@@ -77,7 +77,7 @@ def _attacks(job: Job, data: ImageData, model: HeadedModel) -> dict[str, float |
     other = Job({**job.settings, "head": "dense", "head_options": {}}, job.seed + 1, None, job.device, job.report)
     surrogate = headed_model(other, data)
     fitted(other, data, surrogate)
-    dense = Job({**other.settings}, job.seed, None, job.device, job.report)
+    dense = Job(other.settings, job.seed, None, job.device, job.report)
     plain = headed_model(dense, data)  # the same first weights as the biased network's
     fitted(dense, data, plain)
     found: dict[str, float | None] = {}

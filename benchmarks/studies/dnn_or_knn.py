@@ -83,11 +83,6 @@ def _cells() -> Iterator[Cell]:
     yield Cell("descent-mlp-640-mnist", whole)
 
 
-def shrunk(images: int, test: int, steps: int) -> Settings:
-    """A share of the images, and as many steps; looks along training with all of them."""
-    return {"train_images": images, "test_images": test, "steps": steps}
-
-
 _MEMORIZED: Final[Settings] = {
     "model": "lenet-640",
     "train_images": 1_000,
@@ -109,7 +104,15 @@ STUDY: Final = Study(
     scales={
         "smoke": Scale(
             "digits in place of all data, 300 training images, 30 steps.",
-            {"dataset": "digits", "form": [1, 28], **shrunk(300, 100, 30), "looks": 3, "batch_size": 50},
+            {
+                "dataset": "digits",
+                "form": [1, 28],
+                "train_images": 300,
+                "test_images": 100,
+                "steps": 30,
+                "looks": 3,
+                "batch_size": 50,
+            },
             overrides=(("random-*", {"model": "mlp-640", "train_images": 60, "batch_size": 60, "steps": 40}),),
             cells=("lenet-640-mnist", "random-mnist"),
         ),

@@ -23,9 +23,9 @@ def study_images(job: Job) -> ImageData:
     """The images that a cell's settings ask for.
 
     Settings read: ``dataset`` (``images:NAME`` is a folder of class folders in the data directory); ``classes``, the
-    labels kept, renumbered; ``train_images`` and ``test_images``, so many in all, drawn class by class; ``per_class``,
-    so many training images of each class; ``form``, channels and side that the network takes, to which digits are
-    enlarged and padded; ``labels``, ``"random"`` for labels drawn evenly; ``all classes`` are kept by default.
+    labels kept (all by default), renumbered; ``train_images`` and ``test_images``, so many in all, drawn class by
+    class; ``per_class``, so many training images of each class; ``form``, channels and side that the network takes, to
+    which digits are enlarged and padded; ``labels``, ``"random"`` for labels drawn evenly.
 
     Raises:
         DataError: the images are not there, or fewer than asked for.
