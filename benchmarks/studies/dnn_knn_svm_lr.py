@@ -175,7 +175,9 @@ def _tables() -> Iterator[Table]:
         "figure-2",
         "P_SAME(M) along training",
         tuple(same),
-        Curves(REAL, "training", "step", _lines("p_same_{}_test", network=False), "step", "P_SAME (%)", log_x=True),
+        Curves(
+            REAL, "training", "step", _lines("p_same_{}_test", network=False), "training step", "P_SAME (%)", log_x=True
+        ),
     )
     curves = Curves(REAL, "layers", "layer", _lines("{}_test", network=True), "layer", "test accuracy (%)")
     yield Table("figure-4", "Test accuracy by layer, real labels", curves=curves)
@@ -188,7 +190,8 @@ def _tables() -> Iterator[Table]:
     ):
         mark = ("memorized_at", "memorized")
         label = "D_KL(M || network) (nats)"
-        curves = Curves(cells, "training", "step", _divergences(), "training step", label, False, mark, log_x=True)
+        lines = _divergences()
+        curves = Curves(cells, "training", "step", lines, "training step", label, False, mark, log_x=True, log_y=True)
         rows = [
             Entry(cell, f"{title}, {part}", cell, f"kl_{kind}_{part}", None, "nats")
             for cell in cells

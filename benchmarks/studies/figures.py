@@ -82,6 +82,9 @@ def _curves(curves: Curves, results: Sequence[dict[str, Any]]) -> Figure | None:
             axes.set_xticks(places, xs, rotation=40, ha="right", fontsize=7)
         if curves.log_x and not named:
             axes.set_xscale("symlog")
+            axes.set_xlim(-0.5, 1.5 * max(xs))  # left to itself, the axis goes on below 0
+        if curves.log_y:
+            axes.set_yscale("log")
         axes.set_title(f"{name}, {_seeds(runs)}", fontsize=9)
         axes.set_xlabel(curves.x_label, fontsize=8)
         axes.set_ylabel(curves.y_label, fontsize=8)

@@ -80,7 +80,7 @@ class Curves:
         x_label, y_label: of the axes, with the unit.
         percent: whether values are shares to be drawn as per cent.
         mark: a measure at which a vertical line is drawn, with its name in the legend.
-        log_x: whether the horizontal axis is logarithmic.
+        log_x, log_y: whether an axis is logarithmic; the horizontal one may begin at 0.
     """
 
     cells: tuple[str, ...]
@@ -92,6 +92,7 @@ class Curves:
     percent: bool = True
     mark: tuple[str, str] | None = None
     log_x: bool = False
+    log_y: bool = False
 
 
 @final
