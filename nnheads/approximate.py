@@ -65,6 +65,7 @@ class ApproximateIndex(Index):
         self._slot_of = torch.empty(0, dtype=torch.int64)  # row -> slot, -1 for none
         self._waiting = torch.empty(0, dtype=torch.int64)
         self._dead = 0
+        self._whole = False  # whether slots are rows: no hidden ones between them, and none has changed
 
     def _nearest(self, queries: Tensor, k: int) -> Tensor:
         if not self._able():
@@ -92,6 +93,7 @@ class ApproximateIndex(Index):
             self._ann = None
         if self._ann is None or rows is None:
             return
+        self._whole = False
         slots = self._slot_of[rows]
         self._row_of[slots[slots >= 0]] = -1
         self._dead += int((slots >= 0).sum())
@@ -110,7 +112,7 @@ class ApproximateIndex(Index):
         if self._ann is None:
             rows = torch.isfinite(self._offset).nonzero().flatten()
             self._ann = Candidates(self.kind, self._keys[rows])
-            self._row_of, self._dead = rows, 0
+            self._row_of, self._dead, self._whole = rows, 0, int(rows[-1]) == len(rows) - 1
             self._slot_of = torch.full((len(self._keys),), -1)
             self._slot_of[rows] = torch.arange(len(rows))
             self._waiting = rows[:0]
@@ -146,6 +148,10 @@ class ApproximateIndex(Index):
 
     def _search(self, queries: Tensor, k: int, effort: Effort) -> Tensor:
         assert self._ann is not None
+        if self._whole and self.kind != "pq":  # FAISS ranked them by exact distances
+            nearest = self._ann.search(queries.contiguous(), k, effort[0])
+            if nearest.numpy().min() >= 0:
+                return nearest
         alive = 1 - self._dead / max(1, self._ann.count)
         visits, share = effort
         count = k if self.kind != "pq" else round(share * (k + 8))

@@ -97,3 +97,13 @@ def test_copies_are_unbuilt_and_mistakes_are_named() -> None:
         ApproximateIndex(kind="hnws")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="recall"):
         build_index("pq", recall=1.0)
+
+
+@kinds
+def test_rows_behind_hidden_ones_keep_their_numbers(kind: str) -> None:
+    keys = clusters(6000, 0)
+    active = torch.arange(len(keys)) % 50 != 7
+    index = build_index(kind)  # type: ignore[arg-type]
+    index.build(keys, active)
+    assert torch.equal(index.search(keys[3000:3006], 1).flatten(), torch.arange(3000, 3006))
+    assert active[index.search(keys[:200], 5)].all()

@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from nnheads.benchmarks.speed import stream
+from nnheads.benchmarks.speed import approximate, stream
 from nnheads.benchmarks.speed.harness import OURS, Settings, Timings, document, in_turn
 from nnheads.benchmarks.speed.registry import BENCHES
 from nnheads.cli.main import app
@@ -77,3 +79,19 @@ def test_learning_a_stream_is_timed_beside_avalanche_and_a_plain_loop(tmp_path: 
     )
     assert max(counts.values()) <= 1.05 * min(counts.values())  # ratios are of equal work
     assert [row["case"] for row in ratios if "met" in row] == ["over Avalanche's Replay", "over a plain loop"]
+
+
+def test_approximate_search_is_judged_by_what_keeps_the_class(tmp_path: Path) -> None:
+    file, out = tmp_path / "embeddings", tmp_path / "approximate.json"
+    labels = torch.arange(7000) % 10
+    z = 3 * torch.nn.functional.one_hot(labels, 16) + torch.randn(7000, 16, generator=torch.Generator().manual_seed(0))
+    save_file({"train": z[:6000], "train_labels": labels[:6000].clone(), "test": z[6000:].clone()}, file)
+    arguments = ["bench", "approximate", "--quick", "--rounds", "1", "--only", "hnsw", "--embeddings", str(file)]
+    done = CliRunner().invoke(app, [*arguments, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(out.read_text())["rows"]
+    verdicts = [row for row in rows if "met" in row]
+    assert [row["case"].split(", ")[1] for row in verdicts] == [approximate.AT_ONCE, approximate.ONE_BY_ONE]
+    chosen = next(row for row in rows if row["case"] == verdicts[1]["by"])
+    assert chosen["recall@32"] >= 0.95
+    assert chosen["same_class"] >= 0.99

@@ -119,6 +119,18 @@ def in_turn(
     return Timings(seconds)
 
 
+def own_clock() -> Clock:
+    """Processor time where one thread of a CPU does all the work, so that what else runs on the core does not count;
+    wall time elsewhere."""
+    alone = not torch.cuda.is_available() and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
+def clock_name(clock: Clock) -> str:
+    """What a clock is called in results."""
+    return "processor time" if clock is time.process_time else "wall"
+
+
 def document(name: str, bar: str, rows: list[Row], settings: Settings) -> dict[str, Any]:
     """A measurement as JSON: rows, how they were made, and on what."""
     judged = [row["met"] for row in rows if "met" in row]

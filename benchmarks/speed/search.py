@@ -32,7 +32,7 @@ def rows(settings: Settings, report: Report) -> list[Row]:
             keys = _keys(count, width, 0)
             index = AutoIndex()
             index.build(keys)
-            peers = _Peers(keys)
+            peers = Peers(keys)
             for case, (batch, k) in wanted.items():
                 queries = _keys(batch, width, 1)
                 plan = index.prepare(batch, k)
@@ -55,13 +55,8 @@ def _keys(count: int, width: int, seed: int) -> Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
-def exact_contenders(index: AutoIndex, keys: Tensor, queries: Tensor, k: int) -> dict[str, Callable[[], object]]:
-    """An exact search by us and by each peer, all fitted."""
-    return _Peers(keys).contenders(index, queries, k)
-
-
 @final
-class _Peers:
+class Peers:
     """The peers, fitted to keys (N, d)."""
 
     def __init__(self, keys: Tensor) -> None:

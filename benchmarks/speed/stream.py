@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import final
@@ -14,7 +13,7 @@ from torch import Tensor
 from nnheads.backbones import build_backbone
 from nnheads.benchmarks.config import RunConfig
 from nnheads.benchmarks.run_setup import build_learner, load_stream
-from nnheads.benchmarks.speed.harness import OURS, Report, Row, Settings, Timings, in_turn
+from nnheads.benchmarks.speed.harness import OURS, Report, Row, Settings, Timings, clock_name, in_turn, own_clock
 from nnheads.benchmarks.streams import Stream
 from nnheads.data import get_augmentation
 from nnheads.devices import autocast_for, prefers_channels_last, resolve_device
@@ -46,14 +45,14 @@ def rows(settings: Settings, report: Report) -> list[Row]:
         AVALANCHE_HALF: _Learners(replace(peer, precision="bfloat16")),
         PLAIN: _Plain(ours),
     }
-    alone = resolve_device().type == "cpu" and torch.get_num_threads() == 1
+    clock = own_clock()
     for contender in contenders.values():
         contender.prepare(settings.rounds + 2)  # the warm-up takes up to two
     with quiet_avalanche():
-        timings = in_turn(contenders, settings.rounds, clock=time.process_time if alone else time.perf_counter)
+        timings = in_turn(contenders, settings.rounds, clock=clock)
     samples = {name: contender.gradient_samples for name, contender in contenders.items()}
     row = timings.row(f"{_EXPERIENCES} experiences of {name}, {share:.0%} of the images")
-    row |= {"gradient_samples": samples, "clock": "processor time" if alone else "wall"}
+    row |= {"gradient_samples": samples, "clock": clock_name(clock)}
     found = [row]
     for case, other, bar in (
         ("over Avalanche's Replay", AVALANCHE, 0.65),
