@@ -98,7 +98,7 @@ def worst_predicted(
                 added.append(voting.add(z[picked], y[picked]))
     finally:
         if added:
-            voting.memory.drop(torch.cat(added))
+            voting.memory.drop(torch.cat(added), reuse_ids=True)
     return chosen
 
 

@@ -116,11 +116,12 @@ class Memory(CodedRows):
         self._tend()
 
     @torch.no_grad()
-    def drop(self, ids: Tensor) -> None:
+    def drop(self, ids: Tensor, *, reuse_ids: bool = False) -> None:
         """Forget samples. Their rows are overwritten and the space behind the last row is zeroed.
 
         Args:
             ids: (n,) int64; an id given twice counts once.
+            reuse_ids: whether these ids, the last given, may be given again: of samples that were held for a trial.
 
         Raises:
             ShapeError: an id is not held; it is named and nothing is changed.
@@ -143,6 +144,8 @@ class Memory(CodedRows):
         self.active[keep : self._count] = False
         self.touch(torch.cat([holes, torch.arange(keep, self._count, device=rows.device)]))
         self._count = keep
+        if reuse_ids:
+            self._next_id = min(self._next_id, int(ids.min()))
         self._moved()
 
     @torch.no_grad()

@@ -9,8 +9,9 @@ from ..coding import ROTATION, Coding
 from ..errors import ConfigError
 from ..quantize import MAX_BYTES, MIN_BYTES
 from .base import positive
-from .memory_head import CODE_ENGINES, MemoryHead
+from .memory_head import MemoryHead
 from .registry import build_head
+from .searching import CODE_ENGINES
 
 
 def coding_of(
