@@ -220,7 +220,7 @@ class HalfKeys:
         step = max(1, len(half) // _SAMPLE)
         sample = torch.mm(half[:: step if few else min(step, 8)], queries(1.02 * most, [zero, zero])).view(torch.int16)
         least = sample.amin(0).view(torch.bfloat16).float()
-        shift = 1.02 * most - 0.9 * torch.where(least < -_HIDDEN / 2, least, zero)
+        shift = 1.02 * most - 0.6 * torch.where(least < -_HIDDEN / 2, least, zero)
         sides_too = queries(shift, sides)
         bounds = held[: len(half) * batch].view(-1, batch)
         minima = torch.empty(len(half) // size, batch, dtype=torch.int16, device=half.device)

@@ -194,3 +194,11 @@ def test_many_rows_at_a_query_are_told_apart(batch: int) -> None:
     found = HalfKeys(keys, keys.square().sum(1), inner=False).nearest(queries, 8)
     near = distances(queries, keys)
     torch.testing.assert_close(near.gather(1, found), near.sort(1).values[:, :8], rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("k", [1, 32])
+def test_hardly_a_query_near_many_rows_is_searched_twice(k: int) -> None:
+    keys, queries = clusters(30_000, 16), clusters(600, 16, 1)
+    half = HalfKeys(keys, keys.square().sum(1), inner=False)
+    half.nearest(queries, k)
+    assert half.refused < 0.005
