@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnheads.approximate import ApproximateIndex
 from nnheads.benchmarks.speed.embeddings import read_embeddings
-from nnheads.benchmarks.speed.harness import OURS, Report, Row, Settings, clock_name, in_turn, own_clock
+from nnheads.benchmarks.speed.harness import OURS, Report, Row, Settings, in_turn
 from nnheads.benchmarks.speed.search import SKLEARN, Peers
 from nnheads.index import APPROXIMATE, AutoIndex
 
@@ -34,7 +34,7 @@ def rows(settings: Settings, report: Report) -> list[Row]:
     index = AutoIndex()
     index.build(keys)
     found, fastest = _exact(index, keys, queries, settings, report)
-    found[0] |= {"centers": len(keys), "d": keys.shape[1], "embeddings": facts, "clock": clock_name(own_clock())}
+    found[0] |= {"centers": len(keys), "d": keys.shape[1], "embeddings": facts}
     exact_rows = index.search(queries, _K)
     exact_classes = labels[exact_rows].mode(1).values
     for kind in APPROXIMATE:
@@ -58,7 +58,7 @@ def rows(settings: Settings, report: Report) -> list[Row]:
                 "times_faster": {},
             }
             for mode, call in _modes(partial(approximate.search, k=_K), queries).items():
-                ms = 1e3 * in_turn({OURS: call}, settings.rounds, clock=own_clock()).median(OURS) / _parts(mode)
+                ms = 1e3 * in_turn({OURS: call}, settings.rounds).median(OURS) / _parts(mode)
                 row["ms"][mode] = round(ms, 4)
                 row["times_faster"][mode] = fastest[mode] / ms
             found.append(row)
@@ -85,7 +85,7 @@ def _exact(
         index.prepare(batch, _K)
         names = [name for name in peers.contenders(index, queries, _K) if name != SKLEARN]
         calls = {name: _modes(partial(_exact_call, peers, index, name), queries)[mode] for name in names}
-        timings = in_turn(calls, settings.rounds, clock=own_clock())
+        timings = in_turn(calls, settings.rounds)
         row = timings.row(f"exact, {mode}")
         row["ms"] = {name: round(ms / _parts(mode), 4) for name, ms in row["ms"].items()}
         row["fastest"] = timings.fastest(names)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nnheads.attach import attach_head
 from nnheads.backbones import build_backbone
 from nnheads.benchmarks.datasets import load_dataset
-from nnheads.benchmarks.speed.harness import OURS, Report, Row, Settings, clock_name, in_turn, own_clock
+from nnheads.benchmarks.speed.harness import OURS, Report, Row, Settings, in_turn
 from nnheads.data import BatchLoader, ImageSet
 from nnheads.devices import autocast_for, prefers_channels_last, resolve_device
 from nnheads.loaders import preprocessing_of
@@ -33,7 +33,6 @@ def rows(settings: Settings, report: Report) -> list[Row]:
     """
     found = []
     device = resolve_device()
-    clock = own_clock()
     data = _images(settings)
     preprocessing = preprocessing_of(data)
     last = prefers_channels_last(device)
@@ -52,11 +51,9 @@ def rows(settings: Settings, report: Report) -> list[Row]:
                 BARE: partial(_forward, network, batches, device),
             },
             settings.rounds,
-            clock=clock,
         )
         row = timings.row(case)
         row |= {
-            "clock": clock_name(clock),
             "images_per_second": len(data) / timings.median(OURS),
             "met": row["ratio"] <= 1.05,
         }

@@ -83,19 +83,20 @@ class Timings:
 
 
 def in_turn(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1, clock: Clock = time.perf_counter
+    contenders: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1, clock: Clock | None = None
 ) -> Timings:
     """Time calls in turn: each once a round, so that whatever else the machine does meets all of them alike.
 
     Calls shorter than 5 ms are repeated within a round and their mean is taken. Who takes more than four times as long
     as the fastest in the warm-up is timed in the first round alone. Where torch has a CUDA device, it is waited for.
-    ``clock`` gives seconds: ``time.process_time`` leaves out what others do on the core, and is for one thread.
+    ``clock`` gives seconds; by default `own_clock`.
 
     Raises:
         ConfigError: no round.
     """
     if rounds < 1:
         raise ConfigError(f"rounds must be 1 or more, got {rounds}")
+    clock = clock or own_clock()
     first: dict[str, float] = {}
     for name, call in contenders.items():
         first[name] = min(_seconds(call, 1, clock) for _ in range(warm_up))
@@ -126,11 +127,6 @@ def own_clock() -> Clock:
     return time.process_time if alone else time.perf_counter
 
 
-def clock_name(clock: Clock) -> str:
-    """What a clock is called in results."""
-    return "processor time" if clock is time.process_time else "wall"
-
-
 def document(name: str, bar: str, rows: list[Row], settings: Settings) -> dict[str, Any]:
     """A measurement as JSON: rows, how they were made, and on what."""
     judged = [row["met"] for row in rows if "met" in row]
@@ -142,6 +138,7 @@ def document(name: str, bar: str, rows: list[Row], settings: Settings) -> dict[s
         "rounds": settings.rounds,
         "quick": settings.quick,
         "threads": torch.get_num_threads(),
+        "clock": "processor time" if own_clock() is time.process_time else "wall",
         "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "processor": _processor(),
         "versions": {**versions(), **peer_versions()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 from nnheads.benchmarks.speed.harness import Report, Row, Settings, in_turn
 
@@ -18,7 +19,7 @@ _BARS = {"import nnheads": 0.2, "nnheads --help": 0.5}
 def rows(settings: Settings, report: Report) -> list[Row]:
     """Wall time of each."""
     calls = {name: (lambda command=command: _call(command)) for name, command in _CALLS.items()}
-    timings = in_turn(calls, settings.rounds)
+    timings = in_turn(calls, settings.rounds, clock=time.perf_counter)
     found = []
     for name in _CALLS:
         seconds = timings.median(name)

@@ -13,7 +13,7 @@ from torch import Tensor
 from nnheads.backbones import build_backbone
 from nnheads.benchmarks.config import RunConfig
 from nnheads.benchmarks.run_setup import build_learner, load_stream
-from nnheads.benchmarks.speed.harness import OURS, Report, Row, Settings, Timings, clock_name, in_turn, own_clock
+from nnheads.benchmarks.speed.harness import OURS, Report, Row, Settings, Timings, in_turn
 from nnheads.benchmarks.streams import Stream
 from nnheads.data import get_augmentation
 from nnheads.devices import autocast_for, prefers_channels_last, resolve_device
@@ -45,14 +45,13 @@ def rows(settings: Settings, report: Report) -> list[Row]:
         AVALANCHE_HALF: _Learners(replace(peer, precision="bfloat16")),
         PLAIN: _Plain(ours),
     }
-    clock = own_clock()
     for contender in contenders.values():
         contender.prepare(settings.rounds + 2)  # the warm-up takes up to two
     with quiet_avalanche():
-        timings = in_turn(contenders, settings.rounds, clock=clock)
+        timings = in_turn(contenders, settings.rounds)
     samples = {name: contender.gradient_samples for name, contender in contenders.items()}
     row = timings.row(f"{_EXPERIENCES} experiences of {name}, {share:.0%} of the images")
-    row |= {"gradient_samples": samples, "clock": clock_name(clock)}
+    row["gradient_samples"] = samples
     found = [row]
     for case, other, bar in (
         ("over Avalanche's Replay", AVALANCHE, 0.65),
