@@ -262,8 +262,8 @@ def _tables() -> Iterator[Table]:
 
 
 _TRAIN_NOTE: Final = (
-    "Train is the accuracy of the finished model on up to 10,000 training images, for Conv-KNN by votes without the "
-    "image itself. The paper does not say how it counts it; numbers below the test's suggest the share within a batch."
+    "Difference: train minus test. Train: the finished model on up to 10,000 training images, for Conv-KNN by votes "
+    "without the image itself. Numbers published below the test's suggest shares within a batch."
 )
 
 STUDY: Final = Study(

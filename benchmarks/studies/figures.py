@@ -43,7 +43,8 @@ def draw(study: Study, table: Table, results: Sequence[dict[str, Any]], path: Pa
         made = _points(table, own)
     if made is None:
         return None
-    title = f"{study.name}, {table.id}: {table.title}. Scale {own[0]['scale']}, {_seeds(own)}; after {study.source}"
+    shown = _seeds(own) + (" (mean ± standard deviation)" if len({result["seed"] for result in own}) > 1 else "")
+    title = f"{study.name}, {table.id}: {table.title}. Scale {own[0]['scale']}, {shown}; after {study.source}"
     made.suptitle(wrapped_title(title, made.get_figwidth()), fontsize=9)
     return save_figure(made, path)
 
@@ -52,7 +53,7 @@ def _curves(curves: Curves, results: Sequence[dict[str, Any]]) -> Figure | None:
     shown = [name for name in curves.cells if any(_columns(curves, r) for r in results if r["cell"] == name)]
     if not shown:
         return None
-    across = min(3, len(shown))
+    across = 2 if len(shown) == 4 else min(3, len(shown))
     down = math.ceil(len(shown) / across)
     figure = new_figure(max(6.0, 4.2 * across), 3.6 * down + 0.5)
     panels = figure.subplots(down, across, squeeze=False)
@@ -97,7 +98,7 @@ def _curves(curves: Curves, results: Sequence[dict[str, Any]]) -> Figure | None:
 def _seeds(results: Sequence[dict[str, Any]]) -> str:
     seeds = sorted({result["seed"] for result in results})
     shown = ", ".join(map(str, seeds))
-    return f"seed {shown}" if len(seeds) == 1 else f"seeds {shown} (mean ± standard deviation)"
+    return f"seed {shown}" if len(seeds) == 1 else f"seeds {shown}"
 
 
 def _columns(curves: Curves, result: dict[str, Any]) -> dict[str, list[Any]]:
