@@ -10,7 +10,7 @@ import typer
 
 from nnheads.cli import options, screen
 from nnheads.cli.folders import newest, results_folder
-from nnheads.errors import ConfigError
+from nnheads.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from nnheads.benchmarks.studies.running import StudyRun
@@ -100,7 +100,11 @@ def _together(plan: StudyRun, out: Path | None, resume: bool, as_json: bool, qui
         check_fresh(folder)
     distributed.wait()
     with distributed.alone():
-        results = _run(plan, folder, True, quiet or as_json or not main, wait=main)
+        try:
+            results = _run(plan, folder, True, quiet or as_json or not main, wait=main)
+        except DataError:
+            if main:  # one that found no images for its cells leaves the others at work
+                raise
         if main:
             _report(plan, folder, results, as_json, quiet)
     distributed.leave()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES: Final = 256 * 2**20  # distances held at once
-_PART_NUMBERS: Final = 2**24  # lower bounds held at once, 32 MB
+_PART_NUMBERS: Final = 2**24  # lower bounds held at once, 32 MB; more where 64 queries have more
 _BLOCK_NUMBERS: Final = 2**21  # of these that a processor keeps near while it looks for their minima
 _HIDDEN: Final = -1e30  # finite: its differences are no NaN
 _EXTRA_COLUMNS: Final = 8

@@ -84,9 +84,9 @@ def fit_scaling(log_probs: Tensor, labels: Tensor) -> Scaling:
         ShapeError: the shapes do not fit, there are no samples, or a label is no class.
     """
     if log_probs.dim() != 2 or labels.shape != log_probs.shape[:1] or not len(labels):
-        raise ShapeError(f"temperature: needs (N, C) and (N,), got {tuple(log_probs.shape)} and {tuple(labels.shape)}")
+        raise ShapeError(f"calibration: needs (N, C) and (N,), got {tuple(log_probs.shape)} and {tuple(labels.shape)}")
     if int(labels.min()) < 0 or int(labels.max()) >= log_probs.shape[1]:
-        raise ShapeError(f"temperature: labels must be 0 to {log_probs.shape[1] - 1}")
+        raise ShapeError(f"calibration: labels must be 0 to {log_probs.shape[1] - 1}")
     precise, equal = log_probs.double(), 1 / log_probs.shape[1]
 
     def best(log_temperature: float) -> tuple[float, float]:
@@ -182,14 +182,14 @@ def calibrate(
         raise DataError(f"calibrate: label {int(labels.max())} is no class of the model, which has {head.num_classes}")
     was = float(head.temperature), float(head.uniform_share)
     with evaluating(model):
-        head.set_temperature(1.0)
+        head.set_scaling(1.0, 0.0)
         try:
             log_probs = torch.cat([head(part.to(model.device)).float().cpu() for part in z.split(1024)])
             scaling = fit_scaling(log_probs, labels)
-            head.set_temperature(*scaling)
+            head.set_scaling(*scaling)
             scores = head.outlier_scores(z.to(model.device)).double().cpu()
         except BaseException:
-            head.set_temperature(*was)
+            head.set_scaling(*was)
             raise
     threshold = float(scores.sort().values[min(len(scores) - 1, math.ceil(accepted * len(scores)))])
     head.outlier_threshold.fill_(threshold)

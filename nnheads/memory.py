@@ -145,7 +145,8 @@ class Memory(CodedRows):
         self.touch(torch.cat([holes, torch.arange(keep, self._count, device=rows.device)]))
         self._count = keep
         if reuse_ids:
-            self._next_id = min(self._next_id, int(ids.min()))
+            above_held = int(self.ids[: self._count].max()) + 1 if self._count else 0
+            self._next_id = max(above_held, min(self._next_id, int(ids.min())))
         self._moved()
 
     @torch.no_grad()

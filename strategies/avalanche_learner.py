@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nnheads.attach import attach_head
-from nnheads.devices import Precision, autocast_for
+from nnheads.devices import Precision, autocast_for, prefers_channels_last
 from nnheads.headed import HeadedModel
 from nnheads.heads.dense import DenseHead
 from nnheads.strategies.learner import Learner, Setup
@@ -48,7 +48,7 @@ class Features(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with _autocast(x, self.precision):
-            z = self.headed.features(x)
+            z = self.headed.features(_laid_out(x, self.precision))
         return z.float()
 
 
@@ -70,12 +70,19 @@ class Lowered(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with _autocast(x, self.precision):
-            out: Tensor = self.network(x)
+            out: Tensor = self.network(_laid_out(x, self.precision))
         return out.float()
 
 
 def _autocast(x: Tensor, precision: Precision) -> AbstractContextManager[None]:
     return autocast_for(x.device, "float32" if precision == "auto" else precision)
+
+
+def _laid_out(x: Tensor, precision: Precision) -> Tensor:
+    """Images in the memory format in which that precision is fast, as our own strategies have them."""
+    if precision != "auto" and x.ndim == 4 and prefers_channels_last(x.device, precision):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 @final

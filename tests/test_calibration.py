@@ -162,16 +162,16 @@ def test_a_head_saved_before_there_were_temperatures_loads(backbone: Path, digit
     }
     x = model.preprocessing(digits.test.images)
     before = model(x)
-    model.head.set_temperature(2, 0.1)
+    model.head.set_scaling(2, 0.1)
     assert not torch.equal(model(x), before)
     model.head.load_state_dict(old)
     assert (model.head.temperature, model.head.uniform_share) == (1, 0)
     assert torch.equal(model(x), before)
     with pytest.raises(ConfigError, match="temperature must be a number above 0"):
-        model.head.set_temperature(0)
+        model.head.set_scaling(0, 0)
     for share, words in ((1, "must be below 1"), (-0.1, "must be a number 0 or more")):
         with pytest.raises(ConfigError, match=f"uniform_share {words}"):
-            model.head.set_temperature(1, share)
+            model.head.set_scaling(1, share)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -212,7 +212,7 @@ def test_outlier_scores_are_those_of_the_papers(digits: ImageData) -> None:
 
 def test_mistakes_leave_the_head_as_it_was(backbone: Path, digits: ImageData) -> None:
     model = _model(backbone, digits, "nngk")
-    model.head.set_temperature(1.5, 0.25)
+    model.head.set_scaling(1.5, 0.25)
     with pytest.raises(DataError, match="needs 20 held-out samples or more, got 5"):
         nnheads.calibrate(model, digits.test.subset(torch.arange(5)), device="cpu")
     other = ImageSet(digits.test.images, digits.test.labels + 1, class_names=tuple("0123456789x"))
@@ -273,7 +273,7 @@ def test_calibrate_a_saved_model_and_predict(
     assert run("explain", folder, noise, "--out", tmp_path / "page.html")[0] == 0
     assert "Unlike the training samples" in (tmp_path / "page.html").read_text(encoding="utf-8")
     model = nnheads.load(folder)
-    model.head.set_temperature(1, 0.12)
+    model.head.set_scaling(1, 0.12)
     nnheads.save(model, folder)
     assert run("explain", folder, own, "--out", tmp_path / "page.html")[0] == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")

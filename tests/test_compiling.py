@@ -147,7 +147,12 @@ def test_embeddings_are_ordinary_tensors_and_a_refresh_leaves_ordinary_centers()
 
 
 def test_putting_a_head_on_a_model_loads_no_compiler() -> None:
-    code = "import sys, nnheads; nnheads.attach_head; print(int('torch._dynamo' in sys.modules))"
+    code = (
+        "import sys, torch, nnheads; from torch import nn; "
+        "model = nnheads.attach_head(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), 'knn'); "
+        "model.memorize([(torch.randn(8, 4), torch.arange(8) % 2)]); model.eval()(torch.randn(1, 4)); "
+        "print(int('torch._dynamo' in sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0"]  # it takes a second
 

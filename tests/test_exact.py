@@ -188,17 +188,19 @@ def test_the_bits_of_bfloat16_are_brought_into_the_order_of_the_numbers() -> Non
 @pytest.mark.parametrize("batch", [1, 300])
 def test_many_rows_at_a_query_are_told_apart(batch: int) -> None:
     keys = clusters(9000, 32)
-    # more of them than candidates
-    keys[::40] = keys[0] + 1e-3 * torch.randn(225, 32, generator=torch.Generator().manual_seed(3))
+    # more of them than candidates, and too near each other for bfloat16
+    keys[::40] = keys[0] + 0.1 * torch.randn(225, 32, generator=torch.Generator().manual_seed(3))
     queries = torch.cat([keys[:1], clusters(batch - 1, 32, 1)])
     found = HalfKeys(keys, keys.square().sum(1), inner=False).nearest(queries, 8)
     near = distances(queries, keys)
-    torch.testing.assert_close(near.gather(1, found), near.sort(1).values[:, :8], rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(near.gather(1, found), near.sort(1).values[:, :8], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("k", [1, 32])
 def test_hardly_a_query_near_many_rows_is_searched_twice(k: int) -> None:
     keys, queries = clusters(30_000, 16), clusters(600, 16, 1)
     half = HalfKeys(keys, keys.square().sum(1), inner=False)
-    half.nearest(queries, k)
+    for _ in range(2):  # the first may find that it takes more candidates
+        half.nearest(queries, k)
     assert half.refused < 0.005
+    assert half._widening <= 2

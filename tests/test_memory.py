@@ -159,6 +159,16 @@ def test_ids_are_not_given_twice() -> None:
     assert memory.add(torch.ones(1, D), torch.tensor([0])).tolist() == [5]
 
 
+def test_ids_of_a_trial_are_given_again_and_held_ones_never() -> None:
+    memory = filled()
+    trial = memory.add(torch.ones(2, D), torch.tensor([0, 1]))
+    memory.drop(trial, reuse_ids=True)
+    assert memory.add(torch.ones(1, D), torch.tensor([0])).tolist() == [5]
+    memory.drop(torch.tensor([2]), reuse_ids=True)  # not the last given
+    assert memory.add(torch.ones(2, D), torch.tensor([0, 1])).tolist() == [6, 7]
+    assert len(memory) == 7
+
+
 def test_a_state_of_another_width_is_refused() -> None:
     with pytest.raises(RuntimeError, match="saved keys are 3 wide, this memory takes 4"):
         Memory(4, 2).load_state_dict(filled().state_dict())

@@ -433,6 +433,26 @@ def test_pictures_are_drawn_from_the_file_alone(tmp_path: Path) -> None:
         assert draw(_toy(), table, [], tmp_path / "none.png") is None
 
 
+def test_curves_of_seeds_that_end_at_different_times_are_drawn(tmp_path: Path) -> None:
+    from nnheads.benchmarks.studies.figures import draw
+
+    study = _toy()
+    [table] = [table for table in study.tables if table.curves is not None]
+    results = [
+        {
+            "cell": "a",
+            "seed": steps,
+            "scale": "smoke",
+            "measures": {},
+            "series": {"training": {"step": list(range(steps)), "accuracy": [0.1 * n for n in range(steps)]}},
+        }
+        for steps in (3, 5)
+    ]
+    made = draw(study, table, results, tmp_path / "curves.png")
+    assert made is not None
+    assert made.stat().st_size > 1000
+
+
 def test_svhn_is_read_as_its_authors_offer_it(tmp_path: Path) -> None:
     from scipy.io import savemat
 

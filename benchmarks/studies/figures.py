@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,12 +63,13 @@ def _curves(curves: Curves, results: Sequence[dict[str, Any]]) -> Figure | None:
     scale = 100.0 if curves.percent else 1.0
     for axes, name in zip(panels.flat, shown, strict=False):
         runs = [result for result in results if result["cell"] == name and _columns(curves, result)]
-        xs = _columns(curves, runs[0])[curves.x]
+        # seeds may end at different times; the curve goes as far as all of them do
+        xs = max((_columns(curves, run)[curves.x] for run in runs), key=len)
         named = any(isinstance(x, str) for x in xs)
         places = list(range(len(xs))) if named else xs
         for number, (key, label) in enumerate(curves.lines):
             columns = [_columns(curves, run).get(key) for run in runs]
-            means = [mean_and_spread(list(values)) for values in zip(*(c for c in columns if c), strict=True)]
+            means = [mean_and_spread(list(values)) for values in zip_longest(*(c for c in columns if c))]
             values = [math.nan if m is None or m["mean"] is None else scale * m["mean"] for m in means]
             spreads = [0.0 if m is None or m["spread"] is None else scale * m["spread"] for m in means]
             if values:

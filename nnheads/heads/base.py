@@ -88,7 +88,7 @@ class Head(nn.Module, ABC):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether answers are other than they would be without `set_temperature`: in evaluation, where it was used."""
+        """Whether answers are other than they would be without `set_scaling`: in evaluation, where it was used."""
         return self._scaled and not self.training
 
     def calibrated(self, log_probs: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Head(nn.Module, ABC):
         temperature, share = (value.to(log_probs.dtype) for value in (self.temperature, self.uniform_share))
         return scaled(log_probs, temperature, share)
 
-    def set_temperature(self, temperature: float, uniform_share: float = 0.0) -> None:
+    def set_scaling(self, temperature: float, uniform_share: float) -> None:
         """How certain answers are from now on, in evaluation; which class is likeliest stays the same.
 
         Args:

@@ -176,7 +176,7 @@ def _calibration(name: str, options: dict[str, Any]) -> None:
     head, z, _, ids = trained_head(name, options)
     plain = head(z)
     for temperature, share in ((0.5, 0.0), (3.0, 0.0), (1.0, 0.1), (2.0, 0.02)):
-        head.set_temperature(temperature, share)
+        head.set_scaling(temperature, share)
         expected = ((1 - share) * (plain / temperature).softmax(-1) + share / plain.shape[-1]).log()
         expect_same(head(z), expected, f"at temperature {temperature}, {share} shared", 1e-5)
         if isinstance(head, MemoryHead):
@@ -187,7 +187,7 @@ def _calibration(name: str, options: dict[str, Any]) -> None:
         again.load_state_dict(head.state_dict())
         expect_same(again.eval()(z), head(z), "loaded with a temperature")
         training = copy.deepcopy(head).train()
-        training.set_temperature(1.0)
+        training.set_scaling(1.0, 0.0)
         expect_same(copy.deepcopy(head).train()(z, ids=ids), training(z, ids=ids), "in training, at a temperature")
     scores = head.outlier_scores(z)
     expect(scores.shape == (len(z),) and bool(torch.isfinite(scores).all()), f"outlier scores are {scores}")
