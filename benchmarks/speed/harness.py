@@ -83,12 +83,18 @@ class Timings:
 
 
 def in_turn(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1, clock: Clock | None = None
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 1,
+    clock: Clock | None = None,
+    *,
+    patient: bool = False,
 ) -> Timings:
     """Time calls in turn: each once a round, so that whatever else the machine does meets all of them alike.
 
     Calls shorter than 5 ms are repeated within a round and their mean is taken. Who takes more than four times as long
-    as the fastest in the warm-up is timed in the first round alone. Where torch has a CUDA device, it is waited for.
+    as the fastest in the warm-up is timed in the first round alone, unless we are ``patient``. Where torch has a CUDA
+    device, it is waited for.
     ``clock`` gives seconds; by default `own_clock`.
 
     Raises:
@@ -104,7 +110,8 @@ def in_turn(
             first[name] = min(first[name], _seconds(call, 1, clock))
     repeats = {name: max(1, min(1000, math.ceil(_ROUND_SECONDS / max(once, 1e-7)))) for name, once in first.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    hopeless = {name for name, once in first.items() if once > _HOPELESS * min(first.values())}
+    least = math.inf if patient else _HOPELESS * min(first.values())
+    hopeless = {name for name, once in first.items() if once > least}
     enabled = gc.isenabled()
     gc.disable()  # collections fall on whoever is running
     try:

@@ -25,7 +25,7 @@ AVALANCHE = "Avalanche Replay, float32"
 AVALANCHE_HALF = "Avalanche Replay, bfloat16"
 PLAIN = "plain PyTorch loop"
 _EXPERIENCES = 2
-_SHARE = 0.04  # of the images and of the memory: what is done once an experience keeps its part of the whole
+_SHARE = 0.06  # of the images and of the memory: what is done once an experience keeps its part of the whole
 
 
 def rows(settings: Settings, report: Report) -> list[Row]:
