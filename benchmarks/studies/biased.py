@@ -197,7 +197,8 @@ def _tables() -> Iterator[Table]:
                 Entry(row, "skipped", cell, f"attack_skipped_{strength}"),
             ]
     title = "Accuracy under a black-box attack: FGSM on another network"
-    yield Table("attack", title, tuple(attacks), quantity="accuracy, share of images")
+    note = "On the first test images, which come class by class where they come from class folders."
+    yield Table("attack", title, tuple(attacks), note=note, quantity="accuracy, share of images")
 
 
 def _small(epochs: int) -> dict[str, Any]:
