@@ -42,7 +42,7 @@ def picture(what: Picture, results: Sequence[dict[str, Any]]) -> Figure | None:
             first.setdefault(result["cell"], result)
     if not first:
         return None
-    figure = new_figure(5.2 * len(first), 4.6)
+    figure = new_figure((5.2 if what.kind == "confusion" else 7.6) * len(first), 4.6)
     panels = figure.subplots(1, len(first), squeeze=False)[0]
     for axes, (cell, result) in zip(panels, first.items(), strict=True):
         columns = result["series"][what.kind]
@@ -87,4 +87,4 @@ def _nearest(axes: Any, columns: dict[str, list[Any]]) -> None:
         fontsize=6,
     )
     axes.set_xticks([])
-    axes.set_xlabel("test image, then its nearest training images; their classes at the left", fontsize=8)
+    axes.set_xlabel("test image, then its nearest training images;\ntheir classes at the left", fontsize=8)

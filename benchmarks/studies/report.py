@@ -95,14 +95,16 @@ def _grid(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
     rows = list(dict.fromkeys(entry.row for entry in table.entries))
     columns = list(dict.fromkeys(entry.column for entry in table.entries))
     at = {(entry.row, entry.column): entry for entry in table.entries}
-    units = {column: next(e.form for e in table.entries if e.column == column) for column in columns}
-    heads = [
-        column if "%" in column or units[column] in ("share", "count") else f"{column} {UNITS[units[column]]}"
-        for column in columns
-    ]
+    forms = {column: {e.form for e in table.entries if e.column == column} for column in columns}
+    units = {c: "" if "%" in c or len(f) > 1 or f & {"share", "count"} else UNITS[min(f)] for c, f in forms.items()}
+    heads = [f"{column} {units[column]}".strip() for column in columns]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
         texts = [entry_text(at[row, column], results) if (row, column) in at else "" for column in columns]
+        mixed = [at[row, c].form if (row, c) in at and len(forms[c]) > 1 else "share" for c in columns]
+        texts = [
+            t if f in ("share", "count") or t == DASH else f"{t} {UNITS[f]}" for t, f in zip(texts, mixed, strict=True)
+        ]
         lines.append(f"| {row} | " + " | ".join(texts) + " |")
     return lines
 
