@@ -101,10 +101,10 @@ def _grid(table: Table, results: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
         texts = [entry_text(at[row, column], results) if (row, column) in at else "" for column in columns]
-        mixed = [at[row, c].form if (row, c) in at and len(forms[c]) > 1 else "share" for c in columns]
-        texts = [
-            t if f in ("share", "count") or t == DASH else f"{t} {UNITS[f]}" for t, f in zip(texts, mixed, strict=True)
-        ]
+        for place, column in enumerate(columns):  # a column of several units has them beside its numbers
+            form = at[row, column].form if (row, column) in at and len(forms[column]) > 1 else "share"
+            if form not in ("share", "count") and texts[place] != DASH:
+                texts[place] += f" {UNITS[form]}"
         lines.append(f"| {row} | " + " | ".join(texts) + " |")
     return lines
 
