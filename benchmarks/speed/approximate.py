@@ -63,6 +63,9 @@ def rows(settings: Settings, report: Report) -> list[Row]:
                 timings = in_turn({OURS: call, EXACT: fastest[mode]}, settings.rounds, patient=True)
                 row["ms"][mode] = round(1e3 * timings.median(OURS) / _parts(mode), 4)
                 row["times_faster"][mode] = timings.ratio(EXACT, OURS)
+            if effort is None:
+                kept_class = row["recall@32"] >= 0.95 and row["same_class"] >= 0.99
+                row["met"] = kept_class and row["times_faster"][AT_ONCE] >= _BAR
             found.append(row)
             speed = ", ".join(f"{mode} {row['ms'][mode]:.3g} ms, {row['times_faster'][mode]:.1f} x" for mode in fastest)
             report(f"{row['case']}: recall {row['recall@32']:.4f}, same class {row['same_class']:.4f}; {speed}")
@@ -119,9 +122,10 @@ def _parts(mode: str) -> int:
 
 
 def _best(found: list[Row], mode: str) -> Row:
-    """The fastest that finds 95 % of the neighbours and the same class for 99 % of the queries."""
+    """The fastest that finds 95 % of the neighbours and the same class for 99 % of the queries: known afterwards only,
+    so that it is told, and the library's own choices are judged."""
     able = [row for row in found if row.get("recall@32", 0) >= 0.95 and row["same_class"] >= 0.99]
     best = max(able, key=lambda row: float(row["times_faster"][mode]), default=None)
     times = 0.0 if best is None else float(best["times_faster"][mode])
     case = f"fastest of those that keep the class, {mode}"
-    return {"case": case, "by": best and best["case"], "times_faster": times, "met": times >= _BAR}
+    return {"case": case, "by": best and best["case"], "times_faster": times}
