@@ -381,6 +381,8 @@ def test_interrupted_comparison_keeps_what_is_finished(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "nnheads", *command],
         cwd=tmp_path, env=_environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a shell has what it runs in the background ignore SIGINT, and what that starts as well
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 400
     while not (tmp_path / "kept/dense-seed1.json").exists() and process.poll() is None:
