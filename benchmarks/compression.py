@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nnheads.benchmarks.results import device_name, versions, write_json
+from nnheads.benchmarks.scripts import run_script
 from nnheads.errors import ConfigError, NNHeadsError
 from nnheads.heads import MemoryHead, build_head
 from nnheads.heads.compressed import compressed_head
@@ -206,4 +207,4 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nnheads.benchmarks.drift_table import WHERE, table
+from nnheads.benchmarks.scripts import run_script
 from nnheads.center_choice import best_predicted, worst_predicted
 from nnheads.centers import Redistribution, add_centers, drop_centers
 from nnheads.errors import ConfigError, DataError, NNHeadsError
@@ -338,4 +339,4 @@ def _embedded_by(model: Path, dataset: str | None, data_dir: Path | None, given:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -22,6 +22,7 @@ from nnheads.attach import attach_head
 from nnheads.backbones import build_backbone
 from nnheads.benchmarks.datasets import load_dataset
 from nnheads.benchmarks.results import device_name, versions, write_json
+from nnheads.benchmarks.scripts import run_script
 from nnheads.data import BatchLoader, get_augmentation
 from nnheads.devices import autocast_for, prefers_channels_last, resolve_device
 from nnheads.headed import HeadedModel
@@ -186,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

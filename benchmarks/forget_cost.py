@@ -18,6 +18,7 @@ import torch
 
 from nnheads.benchmarks.comparison import head_variant
 from nnheads.benchmarks.results import device_name, versions, write_json
+from nnheads.benchmarks.scripts import run_script
 from nnheads.devices import resolve_device
 from nnheads.heads import MemoryHead, build_head, head_class, list_heads
 
@@ -132,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,6 +27,7 @@ from nnheads.benchmarks.datasets import ImageData, load_dataset
 from nnheads.benchmarks.gate_unexpected import gate_values, prepared, unexpected
 from nnheads.benchmarks.plots import new_figure, save_figure
 from nnheads.benchmarks.results import device_name, versions, write_json
+from nnheads.benchmarks.scripts import run_script
 from nnheads.data import ImageSet
 from nnheads.errors import ConfigError
 from nnheads.gating import count_flops, sweep_threshold
@@ -238,4 +239,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nnheads.benchmarks.datasets import load_dataset
 from nnheads.benchmarks.results import device_name, versions, write_json
+from nnheads.benchmarks.scripts import run_script
 from nnheads.errors import ConfigError, DataError
 from nnheads.headed import HeadedModel
 from nnheads.io import load
@@ -206,4 +207,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

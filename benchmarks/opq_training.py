@@ -20,6 +20,7 @@ from torch import Tensor
 from nnheads._codebooks import train_codebooks
 from nnheads._faiss import load_faiss
 from nnheads.benchmarks.results import device_name, versions, write_json
+from nnheads.benchmarks.scripts import run_script
 from nnheads.errors import ConfigError, NNHeadsError
 from nnheads.quantize import ProductQuantizer
 
@@ -150,4 +151,4 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,3 +107,16 @@ def test_images_held_out_are_not_trained_on() -> None:
     assert not bool(torch.isin(train.ids, held_out.ids).any())
     with pytest.raises(ConfigError, match="--held-out"):
         gate.parts(data, len(data))
+
+
+def test_a_mistake_ends_a_measurement_with_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "nnheads.benchmarks.gate", "--dataset", "digits", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).resolve().parents[1],
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --held-out must be above 0 and below the")
+    assert "Traceback" not in done.stderr

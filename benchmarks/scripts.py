@@ -1,0 +1,17 @@
+"""How the measurements that are run by ``python -m`` end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from nnheads.errors import NNHeadsError
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a measurement; a mistake of the user's ends it with one line on stderr and status 2, as in ``nnheads``."""
+    try:
+        main()
+    except NNHeadsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
