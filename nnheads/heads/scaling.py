@@ -23,8 +23,7 @@ def scaled(log_probs: Tensor, temperature: Tensor | float, uniform_share: Tensor
         (..., C) log-probabilities.
     """
     found = (log_probs / temperature).log_softmax(-1)
-    if not uniform_share:
-        return found
+    # not asked whether it is 0, which on a GPU would wait for all that was queued; then the logarithm is -inf
     share = torch.as_tensor(uniform_share, dtype=found.dtype, device=found.device)
     equal = share.log() - math.log(found.shape[-1])
     return torch.logaddexp(found + torch.log1p(-share), equal)
