@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from nnheads._neighborhoods import Neighborhoods
 from nnheads.errors import ConfigError, ShapeError
 from nnheads.functional import influence, project_to_simplex
 from nnheads.heads.base import Head
@@ -121,13 +122,10 @@ class CenterSet:
         self.sigma = head.width().detach()
         log_w = head.log_weights_of_rows(torch.arange(held, device=self.keys.device))
         self.log_w = self.keys.new_zeros(held) if log_w is None else log_w
-        self.present = torch.arange(held, device=self.keys.device) < (held if present is None else present)
+        here = torch.arange(held, device=self.keys.device) < (held if present is None else present)
+        self.near = None if redistribute == "none" else Neighborhoods(self.keys, self.k, here)
+        self.present = here if self.near is None else self.near.present
         self.changed = torch.zeros(held, dtype=torch.bool, device=self.keys.device)
-        # Neighbours of every center among the present ones, itself included as for a query at that place; -1 for none.
-        self.neighbors = torch.full((held, self.k), -1, dtype=torch.long, device=self.keys.device)
-        self.radius = self.keys.new_full((held,), float("inf"))  # distance beyond which a new center is no neighbour
-        if redistribute != "none":
-            self._search(self.present.nonzero().flatten())
 
     def rows_of(self, ids: Tensor) -> Tensor:
         """Rows of ids; ShapeError names one that is not held."""
@@ -138,17 +136,14 @@ class CenterSet:
 
     def drop(self, row: int) -> None:
         """Take a center out and redistribute its label."""
-        if self.redistribute == "none":
+        if self.near is None:
             self.present[row] = False
             return
-        affected = (self.neighbors == row).any(1) & self.present
-        affected[row] = False
-        points = affected.nonzero().flatten()
+        points = self.near.holding(row)
         weights, before = self._predict(points)
-        share = (weights * (self.neighbors[points] == row)).sum(1)
+        share = (weights * (self.near.of(points)[0] == row)).sum(1)
         y0 = self.labels[row].clone()
-        self.present[row] = False
-        self._search(points)
+        self.near.remove(row)
         if self.redistribute == "influence":
             change = -influence(share, torch.ones_like(share), y0, before)
         else:
@@ -157,14 +152,15 @@ class CenterSet:
 
     def add(self, row: int) -> None:
         """Let a center in and redistribute the labels around it; its own stays."""
-        near = (self.keys - self.keys[row]).square().sum(1)
-        points = (self.present & (near < self.radius)).nonzero().flatten()
+        if self.near is None:
+            self.present[row] = True
+            return
+        points, sq = self.near.reach(row)
         _, before = self._predict(points)
         total = self._kernel_sum(points)
-        self.present[row] = True
-        self._search(torch.cat([points, points.new_tensor([row])]))
+        self.near.insert(row)
         if self.redistribute == "influence":
-            ratio = (self._log_kernel(near[points]) + self.log_w[row] - total).exp()
+            ratio = (self._log_kernel(sq) + self.log_w[row] - total).exp()
             change = influence(ratio, torch.ones_like(ratio), self.labels[row], before)
         else:
             change = self._predict(points)[1] - before
@@ -189,7 +185,7 @@ class CenterSet:
     def _least_squares(self, points: Tensor, change: Tensor, fixed: int | None) -> tuple[Tensor, Tensor]:
         """Centers near the points and the ridge solution of ``W d = -change`` for their labels, in its dual form."""
         weights, _ = self._predict(points)
-        neighbors = self.neighbors[points]
+        neighbors, _ = self._nearest(points)
         movable = neighbors >= 0
         if fixed is not None:
             movable &= neighbors != fixed
@@ -204,11 +200,13 @@ class CenterSet:
         scaled: Tensor = sq_distances / (-2 * self.sigma * self.sigma)
         return scaled
 
+    def _nearest(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.near is not None, "labels stay as they are"
+        return self.near.of(points)
+
     def _scores(self, points: Tensor) -> Tensor:
-        neighbors = self.neighbors[points]
-        near = self.keys[neighbors.clamp_min(0)]
-        scores = self._log_kernel((self.keys[points].unsqueeze(1) - near).square().sum(-1))
-        return (scores + self.log_w[neighbors.clamp_min(0)]).masked_fill(neighbors < 0, float("-inf"))
+        rows, sq = self._nearest(points)
+        return (self._log_kernel(sq) + self.log_w[rows.clamp_min(0)]).masked_fill(rows < 0, float("-inf"))
 
     def _kernel_sum(self, points: Tensor) -> Tensor:
         """(n,) logarithm of S, the sum of the kernels at each point."""
@@ -217,19 +215,7 @@ class CenterSet:
     def _predict(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (n, k) of the neighbours at each point and the predictions (n, C) there."""
         weights = self._scores(points).softmax(1)
-        return weights, torch.einsum("nk,nkc->nc", weights, self.labels[self.neighbors[points].clamp_min(0)])
-
-    def _search(self, points: Tensor) -> None:
-        """Find the neighbours of points (n,) among the centers that are present."""
-        here = self.present.nonzero().flatten()
-        k = min(self.k, len(here))
-        for part in points.split(2048):
-            sq = torch.cdist(self.keys[part], self.keys[here]).square()
-            nearest = sq.topk(k, dim=1, largest=False)
-            self.neighbors[part, :k] = here[nearest.indices]
-            self.neighbors[part, k:] = -1
-            full = nearest.values[:, -1] if k == self.k else torch.full_like(sq[:, 0], float("inf"))
-            self.radius[part] = full
+        return weights, torch.einsum("nk,nkc->nc", weights, self.labels[self._nearest(points)[0].clamp_min(0)])
 
 
 def kernel_head(head: Head) -> KernelVoteHead:
