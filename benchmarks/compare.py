@@ -202,7 +202,7 @@ def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) 
     # Written before the results, whose file says that the configuration is finished.
     _write_array(cell.predictions, found.predictions.numpy().astype(np.int16))
     scaled = cross_fitted(found)
-    held = model.head.memory.bytes if isinstance(model.head, MemoryHead) else 0
+    held = model.head.bytes if isinstance(model.head, MemoryHead) else 0
     return {
         "dataset": config.dataset,
         "backbone": recipe.backbone,

@@ -123,7 +123,8 @@ class RunConfig:
             if name not in own:
                 raise unknown_name(f"option of strategy {strategy.name!r}", name, own)
         known = head_class(head).option_names() if strategy.ours else []
-        head_options = {name: value for name, value in stream.head_options if name in known} | dict(self.head_options)
+        proposed = {name: value for name, value in stream.head_options if name in known and "auxiliary" in known}
+        head_options = proposed | dict(self.head_options)
         batch_size = self.batch_size or stream.batch_size
         images = self.strategy_options.get("exemplars") is not False  # to embed by other weights, and to compress
         ema = strategy.ema if images else 0.0

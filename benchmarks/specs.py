@@ -9,6 +9,8 @@ from nnheads.errors import ConfigError, unknown_name
 
 NEW_INSTANCES = "new-instances:"
 
+KERNEL_HEADS: tuple[tuple[str, Any], ...] = (("auxiliary", 0.95), ("centers", "tied"), ("whiten", 0.3), ("k", 128))
+
 
 @final
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class StreamSpec:
         first_classes: so many classes make the first experience; 0 for an equal share.
         first_fixed: whether these are the data set's own first ones, whatever the seed.
         exemplar_bytes: what the strategy ``impostor`` compresses an image to; 0: nothing.
-        head_options: options of heads that have them, by name. The small network for digits learns from the vote alone,
-            and forgets less that way; larger ones learn too slowly by it, and follow their samples better with tied
-            centers than with loose ones.
+        head_options: options of the heads that vote with Gaussian kernels, as far as they have them, by name. The small
+            network for digits learns from the vote alone, and forgets less that way; larger ones learn too slowly by
+            it, and follow their samples better with tied centers than with loose ones. Their classes are told apart
+            better by Mahalanobis distances and many neighbours, as the noise of a single one grows with whitening.
     """
 
     name: str
@@ -52,7 +55,7 @@ class StreamSpec:
     first_classes: int = 0
     first_fixed: bool = False
     exemplar_bytes: int = 0
-    head_options: tuple[tuple[str, Any], ...] = (("auxiliary", 0.95), ("centers", "tied"))
+    head_options: tuple[tuple[str, Any], ...] = KERNEL_HEADS
 
 
 def _spec(
@@ -69,7 +72,7 @@ def _spec(
     classes: int = 0,
     first_classes: int = 0,
     first_fixed: bool = False,
-    head_options: tuple[tuple[str, Any], ...] = (("auxiliary", 0.95), ("centers", "tied")),
+    head_options: tuple[tuple[str, Any], ...] = KERNEL_HEADS,
 ) -> StreamSpec:
     return StreamSpec(
         name,

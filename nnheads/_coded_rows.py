@@ -89,6 +89,14 @@ class CodedRows(Rows):
         self._expanded, self._came = True, []
 
     @torch.no_grad()
+    def replace_keys(self, keys: Tensor) -> None:
+        """Other keys (len, d) for all samples held; after `expand`, where there is a coding."""
+        assert not self.coded, "codes are written one by one"
+        held = self.keys.new_zeros(self.keys.shape)
+        held[: self._count] = keys
+        self.keys, self._changed = held, None
+
+    @torch.no_grad()
     def compress(self) -> None:
         """Turn keys into codes; nothing without a coding. Codebooks that do not fit any more are trained anew."""
         if self.coder is None:

@@ -41,11 +41,12 @@ def best_predicted(head: Head, n: int, *, balanced: bool = False) -> Tensor:
         n: number of centers, at most as many as are held.
         balanced: take from the classes with the most centers, so that no class is emptied before the others.
     """
-    memory = kernel_head(head).memory
+    voting = kernel_head(head)
+    memory = voting.memory
     held = len(memory)
     _at_most(n, held, "best_predicted")
     ids, labels = memory.ids[:held], memory.labels[:held]
-    scores = log_probs_of(head, memory.all_keys(), labels, ids)
+    scores = log_probs_of(head, voting.embeddings_of(memory.all_keys()), labels, ids)
     if not balanced:
         return ids[scores.argsort(descending=True, stable=True)[:n]]
     counts = torch.bincount(labels, minlength=memory.num_classes)

@@ -44,6 +44,8 @@ def centers_within(budget_bytes: int, head: Head, beside: int = 0, soft: bool = 
         beside: bytes that come with each center.
         soft: whether each may get a soft label.
     """
+    if isinstance(head, MemoryHead):
+        budget_bytes = max(0, budget_bytes - (head.bytes - head.memory.bytes))
     coder = head.memory.coder if isinstance(head, MemoryHead) else None
     if coder is None or not isinstance(head, MemoryHead):
         return budget_bytes // (beside + center_bytes(head, soft))

@@ -141,7 +141,7 @@ def _drop_order(head: KernelVoteHead, rows: Tensor, rules: CenterRules, ranks: T
         assert ranks is not None
         return rows[ranks[rows].argsort(descending=True, stable=True)]
     # each is scored without itself
-    scores = log_probs_of(head, memory.keys_at(rows), memory.labels[rows], memory.ids[rows])
+    scores = log_probs_of(head, head.embeddings_of(memory.keys_at(rows)), memory.labels[rows], memory.ids[rows])
     return rows[scores.argsort(descending=True, stable=True)]
 
 

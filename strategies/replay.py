@@ -275,5 +275,5 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
 
     def memory_parts(self) -> dict[str, int]:
         """Bytes of what is kept between experiences beside one copy of the weights."""
-        centers = self.head.memory.bytes if isinstance(self.head, MemoryHead) else 0
+        centers = self.head.bytes if isinstance(self.head, MemoryHead) else 0
         return {"exemplars": self.buffer.bytes, "centers": centers}

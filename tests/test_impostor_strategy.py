@@ -37,7 +37,9 @@ def setup_of(stream: Stream, head: str = "impostor", **given: Any) -> Setup:
 
     import_avalanche()
     torch.manual_seed(0)
-    own = {name: given.pop(name) for name in ("memory", "ema", "on_step", "replay_batch") if name in given}
+    own = {
+        name: given.pop(name) for name in ("memory", "ema", "on_step", "replay_batch", "head_options") if name in given
+    }
     fixed: dict[str, Any] = {"memory": 18, "replay_batch": 16}
     return Setup(
         backbone=build_backbone("convnet", num_classes=10, in_channels=1),
@@ -226,6 +228,18 @@ def test_a_budget_in_bytes_is_kept(tmp_path: Path) -> None:
         assert parts["exemplars"] + parts["centers"] > 20_000
     with pytest.raises(ConfigError, match="fewer than the 10 classes"):
         learner_of(small_stream(), budget_bytes=4000)
+
+
+def test_the_matrix_of_mahalanobis_distances_is_within_the_budget() -> None:
+    plain, whitened = (
+        learner_of(small_stream(), budget_bytes=60_000, head_options={"whiten": whiten}) for whiten in (0, 0.3)
+    )
+    for learner in (plain, whitened):
+        learn(learner, 0, 1)
+        assert sum(learner.memory_parts().values()) <= 60_000
+    assert whitened.exemplars < plain.exemplars
+    matrix = whitened.headed_model().head.whitening.matrix
+    assert not torch.equal(matrix.float(), torch.eye(len(matrix)))
 
 
 def test_mistakes_in_the_options() -> None:

@@ -11,10 +11,12 @@ from ..coding import Coding
 from ..errors import ConfigError
 from ..functional import class_log_probs, kernel_log_weights, squared_distances
 from ..index import Engine
+from .base import positive
 from .dense_objective import DenseObjective
 from .evidence import Neighbors
 from .memory_head import MemoryHead
 from .row_steps import trained_rows
+from .whitening import Whitening
 from .width import Width
 
 
@@ -35,6 +37,9 @@ class KernelVoteHead(MemoryHead):
         sigma: width: a number, ``"auto"`` or ``"learned"``, see `Width`.
         floor: smallest probability of a class, see `nnheads.functional.class_log_probs`.
         auxiliary: share of a dense layer's cross-entropy in `loss`, 0 or more and below 1.
+        whiten: above 0, distances are Mahalanobis distances of the covariance within classes, which is shrunk by this
+            share towards a multiple of the identity, see `Whitening`; fitted to the stored samples at each refresh. 0:
+            Euclidean.
         k, normalize, engine, columns, coding: see `MemoryHead`.
     """
 
@@ -57,6 +62,7 @@ class KernelVoteHead(MemoryHead):
         auxiliary: float,
         normalize: bool,
         engine: Engine,
+        whiten: float = 0.0,
         columns: dict[str, int | Literal["classes"]] | None = None,
         coding: Coding | None = None,
     ) -> None:
@@ -73,6 +79,9 @@ class KernelVoteHead(MemoryHead):
         self.auxiliary = auxiliary
         self.dense = DenseObjective(in_features, num_classes) if auxiliary else None
         self.width = Width(self.name, sigma)
+        positive(self.name, "whiten", whiten, zero=True)
+        self.whiten = whiten
+        self.whitening = Whitening(self.name, in_features, whiten) if whiten else None
 
     def loss(self, z: Tensor, y: Tensor, *, ids: Tensor | None = None) -> Tensor:
         """Cross-entropy of the vote, and the auxiliary dense layer's in its share; arguments as in `Head.loss`."""
@@ -90,10 +99,30 @@ class KernelVoteHead(MemoryHead):
         if self.dense is not None:
             self.dense.widen(self.num_classes)
 
+    @property
+    def bytes(self) -> int:
+        return super().bytes + (self.whitening.bytes if self.whitening is not None else 0)
+
+    def embeddings_of(self, keys: Tensor) -> Tensor:
+        """Embeddings (n, d) whose keys these are."""
+        return keys if self.whitening is None else self.whitening.inverse(keys)
+
+    def _embed(self, z: Tensor) -> Tensor:
+        z = super()._embed(z)
+        return z if self.whitening is None else self.whitening(z)
+
     @torch.no_grad()
     def refreshed(self) -> None:
-        """Choose the width from the samples stored."""
+        """Fit the distances to the samples stored, and choose the width from them."""
+        if self.whitening is not None and len(self.memory):
+            if self.memory.coded:
+                self.memory.expand()
+            z = self.embeddings_of(self.memory.all_keys())
+            self.whitening.fit(z, self.memory.labels[: len(z)])
+            self.memory.replace_keys(self.whitening(z))
         super().refreshed()
+        if self.whitening is not None and self._sampled is not None and not len(self._sampled[0]):
+            self._sampled = None  # none was embedded anew: the width is chosen from what was decoded
         self.width.choose(self._stored_distances(), len(self.memory))
 
     def _centers(self, rows: Tensor) -> Tensor:

@@ -46,6 +46,11 @@ class MemoryHead(SearchingHead):
         """Whether a refresh moves the centers that are stored."""
         return True
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the memory, and of what maps embeddings to its keys where that depends on the samples stored."""
+        return self.memory.bytes
+
     # ---- storing -------------------------------------------------------------------------------------------------
 
     def memorize(self, z: Tensor, y: Tensor, *, ids: Tensor | None = None) -> None:

@@ -33,6 +33,8 @@ class NNGKHead(KernelVoteHead):
         floor: smallest probability of a class.
         auxiliary: share of a dense layer's cross-entropy in `loss`, see `KernelVoteHead`; 0 is the paper's own loss.
         normalize: scale embeddings to unit length.
+        whiten: 0: Euclidean distances; above 0: Mahalanobis distances of the covariance within classes, shrunk by this
+            share, see `KernelVoteHead`.
         engine: neighbour search. Exact: ``"auto"`` (default), ``"torch"``, ``"faiss"``; on CPUs approximate:
             ``"ivf"``, ``"hnsw"``, ``"pq"``, exact below 5,000 centers. See `nnheads.index.build_index`.
         bytes_per_center, rotation, code_bits: compressed centers, see `coding_of`. Weights stay as they are.
@@ -51,6 +53,7 @@ class NNGKHead(KernelVoteHead):
         floor: float = 1e-6,
         auxiliary: float = 0.75,
         normalize: bool = False,
+        whiten: float = 0.0,
         engine: Engine = "auto",
         bytes_per_center: int | None = None,
         rotation: str = ROTATION,
@@ -64,6 +67,7 @@ class NNGKHead(KernelVoteHead):
             floor=floor,
             auxiliary=auxiliary,
             normalize=normalize,
+            whiten=whiten,
             engine=engine,
             coding=coding_of(self.name, bytes_per_center, rotation, code_bits, in_features),
             columns={"log_weight": 0} if weights else {},
@@ -91,6 +95,7 @@ class NNGKHead(KernelVoteHead):
             "floor": self.floor,
             "auxiliary": self.auxiliary,
             "normalize": self.normalize,
+            "whiten": self.whiten,
             "engine": self.engine,
             **self._coding_config(),
         }
