@@ -246,7 +246,7 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
         else:
             z, _, ids = embedded
             rows = head.memory.rows_of(ids)
-            head.memory.write(rows[rows >= 0], z[rows >= 0])
+            head.memory.write(rows[rows >= 0], head.keys_of(z[rows >= 0]))
             head.refreshed()
 
     def _note(self, strategy: Any, moment: str, dropped: Tensor, added: Tensor, label_mass: float) -> None:

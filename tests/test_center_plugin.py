@@ -277,14 +277,15 @@ def images(n: int, first_id: int, classes: tuple[int, ...]) -> ImageSet:
     return ImageSet(pixels.to(torch.uint8), labels, torch.arange(first_id, first_id + n), ("a", "b", "c"))
 
 
-def image_model() -> HeadedModel:
+def image_model(**options: Any) -> HeadedModel:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, C))
     preprocessing = Preprocessing((4, 4), 1, (0.5,), (0.5,))
-    return attach_head(backbone, "impostor", num_classes=C, k=K, centers="tied", preprocessing=preprocessing)
+    return attach_head(backbone, "impostor", num_classes=C, k=K, centers="tied", preprocessing=preprocessing, **options)
 
 
-def test_kept_images_keep_every_center_fresh() -> None:
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"whiten": 0.3}], ids=str)
+def test_kept_images_keep_every_center_fresh(options: dict[str, Any]) -> None:
     """With a moving backbone all centers are its embeddings; without images only those of the last experience are."""
     import_avalanche()
     from avalanche.core import SupervisedPlugin
@@ -298,7 +299,7 @@ def test_kept_images_keep_every_center_fresh() -> None:
     parts = [images(20, 100 * c, (c,)) for c in range(3)]
     stale = {}
     for keep in (True, False):
-        model = image_model()
+        model = image_model(**options)
         plugin = CenterPlugin(budget=12, keep_images=keep)
         strategy = naive(model, plugin, lr=0.05)
         strategy.plugins.append(Normalise())
@@ -311,7 +312,7 @@ def test_kept_images_keep_every_center_fresh() -> None:
         )
         assert model.preprocessing is not None
         with torch.no_grad():
-            z = model.eval().features(model.preprocessing(whole.images))
+            z = model.head.keys_of(model.eval().features(model.preprocessing(whole.images)))
         held = memory.ids[: len(memory)]
         at = torch.searchsorted(whole.ids, held)
         off = (memory.keys[: len(memory)] - z[at]).abs().amax(1) > 1e-4

@@ -51,6 +51,10 @@ class MemoryHead(SearchingHead):
         """Bytes of the memory, and of what maps embeddings to its keys where that depends on the samples stored."""
         return self.memory.bytes
 
+    def keys_of(self, z: Tensor) -> Tensor:
+        """Keys of embeddings (n, d): what is stored of them, and what is searched with."""
+        return self._embed(self._check(z))
+
     # ---- storing -------------------------------------------------------------------------------------------------
 
     def memorize(self, z: Tensor, y: Tensor, *, ids: Tensor | None = None) -> None:
