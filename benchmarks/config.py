@@ -123,6 +123,7 @@ class RunConfig:
             if name not in own:
                 raise unknown_name(f"option of strategy {strategy.name!r}", name, own)
         known = head_class(head).option_names() if strategy.ours else []
+        # proposed to heads that vote by kernels: others have a k too, which means something else to them
         proposed = {name: value for name, value in stream.head_options if name in known and "auxiliary" in known}
         head_options = proposed | dict(self.head_options)
         batch_size = self.batch_size or stream.batch_size

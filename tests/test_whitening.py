@@ -155,7 +155,7 @@ def test_one_sample_a_class_leaves_distances_euclidean() -> None:
 
 def test_the_map_has_an_inverse() -> None:
     z, y = samples()
-    whitening = Whitening("impostor", D, 0.1)
+    whitening = Whitening(D, 0.1)
     whitening.fit(z, y)
     torch.testing.assert_close(whitening.inverse(whitening(z)), z, rtol=1e-4, atol=1e-4)
 
@@ -164,3 +164,11 @@ def test_the_map_has_an_inverse() -> None:
 def test_a_shrinkage_that_cannot_be(value: Any) -> None:
     with pytest.raises(ConfigError, match="whiten must be a number 0 or more"):
         build_head("nngk", D, C, whiten=value)
+
+
+def test_the_least_shrinkage_still_answers() -> None:
+    z, y = samples()
+    flat = torch.cat([z[:, : D - 1], torch.zeros(N, 1)], 1)
+    assert bool(stored(flat, y, whiten=1e-6)(flat).isfinite().all())
+    with pytest.raises(ConfigError, match="whiten must be 0 or at least 1e-06"):
+        stored(flat, y, whiten=1e-9)

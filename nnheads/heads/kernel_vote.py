@@ -16,7 +16,7 @@ from .dense_objective import DenseObjective
 from .evidence import Neighbors
 from .memory_head import MemoryHead
 from .row_steps import trained_rows
-from .whitening import Whitening
+from .whitening import LEAST, Whitening
 from .width import Width
 
 
@@ -80,8 +80,10 @@ class KernelVoteHead(MemoryHead):
         self.dense = DenseObjective(in_features, num_classes) if auxiliary else None
         self.width = Width(self.name, sigma)
         positive(self.name, "whiten", whiten, zero=True)
+        if 0 < whiten < LEAST:
+            raise ConfigError(f"head {self.name!r}: whiten must be 0 or at least {LEAST:g}, got {whiten!r}")
         self.whiten = whiten
-        self.whitening = Whitening(self.name, in_features, whiten) if whiten else None
+        self.whitening = Whitening(in_features, whiten) if whiten else None
 
     def loss(self, z: Tensor, y: Tensor, *, ids: Tensor | None = None) -> Tensor:
         """Cross-entropy of the vote, and the auxiliary dense layer's in its share; arguments as in `Head.loss`."""

@@ -131,7 +131,7 @@ class MemoryHead(SearchingHead):
             ids: as in `forward`: a sample's own center is left out.
             k: number of neighbours; the head's own by default.
         """
-        z = self._embed(self._check(z))
+        z = self.keys_of(z)
         rows = self._search(z, self._check_ids(ids, len(z)), self.k if k is None else k)
         valid = rows >= 0
         held = rows.clamp_min(0)
@@ -195,7 +195,7 @@ class MemoryHead(SearchingHead):
         Returns:
             (B,); infinite where nothing is stored.
         """
-        z = self._embed(self._check(z)).to(self.memory.keys.dtype)
+        z = self.keys_of(z).to(self.memory.keys.dtype)
         return outlier_scores(z, self.memory.all_keys(), kind, k, self.metric)
 
     @abstractmethod

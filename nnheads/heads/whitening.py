@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor, nn
 
-from .base import positive
+LEAST: Final = 1e-6
+"""Smallest shrinkage: with less, a direction without variance would leave the range of half precision."""
 
 
 class Whitening(nn.Module):
@@ -20,16 +23,14 @@ class Whitening(nn.Module):
     `fit` it is the identity.
 
     Args:
-        head: name of the head, for messages.
         dim: width d of the embeddings.
-        shrinkage: r, above 0.
+        shrinkage: r, `LEAST` or more.
     """
 
     matrix: Tensor
 
-    def __init__(self, head: str, dim: int, shrinkage: float) -> None:
+    def __init__(self, dim: int, shrinkage: float) -> None:
         super().__init__()
-        positive(head, "whiten", shrinkage)
         self.shrinkage = shrinkage
         self.register_buffer("matrix", torch.eye(dim, dtype=torch.float16))
 
