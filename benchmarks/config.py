@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 CENTER_BYTES: Final = 16
 """Bytes a center of the strategy ``impostor`` takes where exemplars are compressed, unless the user says otherwise."""
 
+WHITENED_MEMORY: Final = 100
+"""Exemplars below which no stream proposes Mahalanobis distances."""
+
 
 @final
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class RunConfig:
         device: see `nnheads.devices.resolve_device`.
         precision: see `nnheads.devices.resolve_precision`; for Avalanche's own strategies ``"auto"`` is float32.
         head_options: options of the head. Where strategy ``impostor`` compresses exemplars, ``bytes_per_center`` is 16
-            unless given; 0 keeps centers as they are.
+            unless given; 0 keeps centers as they are. Where ``memory`` is below 100, the stream's ``whiten`` is left
+            out: so few samples say little of a covariance, and its map would take the place of many.
         ema: decay of averaged weights that take the place of the trained ones after each experience; for strategies of
             our own. None: what the strategy proposes, 0.99 for ``impostor``; 0: none.
         exemplar_bytes: bytes an exemplar's image is compressed to, lossy WebP; for strategies of our own. ``memory`` is
@@ -125,6 +129,9 @@ class RunConfig:
         known = head_class(head).option_names() if strategy.ours else []
         # proposed to heads that vote by kernels: others have a k too, which means something else to them
         proposed = {name: value for name, value in stream.head_options if name in known and "auxiliary" in known}
+        memory = self.memory or stream.memory
+        if memory < WHITENED_MEMORY:
+            proposed.pop("whiten", None)
         head_options = proposed | dict(self.head_options)
         batch_size = self.batch_size or stream.batch_size
         images = self.strategy_options.get("exemplars") is not False  # to embed by other weights, and to compress
@@ -142,7 +149,7 @@ class RunConfig:
             epochs=self.epochs or stream.epochs,
             batch_size=batch_size,
             replay_batch=batch_size if self.replay_batch is None else self.replay_batch,
-            memory=self.memory or stream.memory,
+            memory=memory,
             ema=ema if self.ema is None else self.ema,
             exemplar_bytes=exemplar_bytes,
             learning_rate=self.learning_rate or stream.learning_rate,

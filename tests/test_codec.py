@@ -121,6 +121,16 @@ def test_a_run_with_compressed_exemplars_stays_within_the_bytes_of_its_memory(tm
     assert kept[384] > 80
 
 
+def test_a_memory_too_small_for_a_covariance_is_not_whitened_unless_the_user_says_so() -> None:
+    def whiten(**settings: object) -> object:
+        config = RunConfig(stream="split-cifar10", strategy="impostor", **settings)  # type: ignore[arg-type]
+        return config.resolve(stream_spec(config.stream), strategy_spec(config.strategy)).head_options.get("whiten")
+
+    assert whiten() == whiten(memory=100) == 0.3
+    assert whiten(memory=99) is None
+    assert whiten(memory=20, head_options={"whiten": 1.0}) == 1.0
+
+
 def test_centers_are_compressed_beside_exemplars_unless_the_user_says_otherwise() -> None:
     def options(**settings: object) -> object:
         config = RunConfig(**{"stream": "split-cifar10", "strategy": "impostor", **settings})  # type: ignore[arg-type]
