@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._rows import ColumnWidth, Rows
@@ -53,10 +54,12 @@ class CodedRows(Rows):
 
     @torch.no_grad()
     def keys_at(self, rows: Tensor) -> Tensor:
-        """Keys of rows (...,) int64 as (..., d), decoded where they are codes. Row -1 gives any."""
+        """A copy of the keys of rows (...,) int64 as (..., d), decoded where they are codes. Row -1 gives any."""
         safe = rows.clamp_min(0)
         if self.coder is None or not self.coded:
-            return self.keys[safe]
+            return F.embedding(safe, self.keys)  # twice as fast as indexing
+        if safe.numel() > self._count:  # more than there are: each is decoded once
+            return F.embedding(safe, self.coder.decode(self.codes[: self._count]).to(self.keys.dtype))
         return self.coder.decode(self.codes[safe]).to(self.keys.dtype)
 
     def keys_as_they_came(self, count: int) -> tuple[Tensor, Tensor]:

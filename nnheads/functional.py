@@ -12,11 +12,12 @@ of about 200 sigma squared on.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nnheads._nca import NCALoss
 
@@ -45,12 +46,41 @@ def neighbor_distances(z: Tensor, neighbors: Tensor, metric: Metric = "l2") -> T
     return safe_sqrt(squared_distances(z, neighbors))
 
 
-def squared_distances(z: Tensor, neighbors: Tensor) -> Tensor:
+def squared_distances(z: Tensor, neighbors: Tensor, *, overwrite: bool = False) -> Tensor:
     """Squared Euclidean distance of each embedding (B, d) to its own neighbours (B, k, d), as (B, k).
 
-    From differences, not from the expanded square: near a center the expansion loses every digit in float32.
+    From differences, not from the expanded square: near a center the expansion loses every digit in float32. The
+    differences are made once and serve the gradient as well, whose own gradient is not defined: autograd would pass
+    over (B, k, d) numbers eight times, and that was most of what a vote cost.
+
+    Args:
+        z: (B, d) embeddings.
+        neighbors: (B, k, d) of the same dtype.
+        overwrite: whether ``neighbors``, a copy of the caller's that needs no gradient, may be overwritten.
     """
-    return (z.unsqueeze(1) - neighbors).square().sum(-1)
+    distances: Tensor = _SquaredDistances.apply(z, neighbors, overwrite)
+    return distances
+
+
+class _SquaredDistances(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, neighbors: Tensor, overwrite: bool) -> Tensor:
+        here = z.unsqueeze(1)
+        away = neighbors.sub_(here) if overwrite and not ctx.needs_input_grad[1] else neighbors - here
+        ctx.save_for_backward(away)
+        norms: Tensor = torch.linalg.vector_norm(away, dim=-1)
+        return norms.square_()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (away,) = ctx.saved_tensors
+        of_z, of_neighbors = ctx.needs_input_grad[:2]
+        return (
+            torch.bmm(grad.unsqueeze(1), away).squeeze(1).mul_(-2) if of_z else None,
+            (2 * grad).unsqueeze(-1) * away if of_neighbors else None,
+            None,
+        )
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -98,8 +128,18 @@ def class_log_probs(log_weights: Tensor, values: Tensor, floor: float = 1e-6) ->
     Returns:
         (B, C) log-probabilities whose exponentials sum to one; uniform where no slot is valid.
     """
+    return floored_log_probs(log_shares(log_weights, values), floor)
+
+
+def log_shares(log_weights: Tensor, values: Tensor) -> Tensor:
+    """``log sum_i weight_i values_i`` (B, C), however small; below -1e29 where no neighbour has the class. Arguments as
+    in `class_log_probs`."""
     log_values = values.clamp_min(torch.finfo(values.dtype).tiny).log().masked_fill(values <= 0, _NEVER)
-    log_p = torch.logsumexp(log_weights.unsqueeze(-1) + log_values, dim=1)
+    return torch.logsumexp(log_weights.unsqueeze(-1) + log_values, dim=1)
+
+
+def floored_log_probs(log_p: Tensor, floor: float = 1e-6) -> Tensor:
+    """Logarithms of shares (B, C) with the floor of `class_log_probs`, normalised."""
     log_floor = math.log(floor)
     log_p = torch.where(log_p > _NEVER / 2, log_p, torch.full_like(log_p, log_floor))
     log_p = log_p + (log_p.clamp_min(log_floor) - log_p).detach()

@@ -218,6 +218,23 @@ def test_neighbor_distances(metric: str, data: tuple[Tensor, Tensor, Tensor, Ten
     assert bool(torch.isfinite(same.grad).all())  # type: ignore[arg-type]
 
 
+def test_squared_distances_may_overwrite_a_copy(
+    data: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    z, c = data[0].clone().requires_grad_(), data[1][: 2 * B].view(B, 2, D)
+    expected = (z.unsqueeze(1) - c).square().sum(-1)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), z)
+    copy = c.clone()
+    ours = f.squared_distances(z, copy, overwrite=True)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(torch.autograd.grad(ours.square().sum(), z)[0], wanted)
+    assert not torch.equal(copy, c)
+    learned = c.clone().requires_grad_()  # it has a gradient to come back to: left as it is
+    f.squared_distances(z, learned, overwrite=True).sum().backward()
+    assert torch.equal(learned, c)
+    torch.testing.assert_close(learned.grad, 2 * (c - z.detach().unsqueeze(1)))
+
+
 def test_gradients(data: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     z, c, y, _ = data
     z = z[:3].clone().requires_grad_()

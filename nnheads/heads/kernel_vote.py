@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
 from ..coding import Coding
 from ..errors import ConfigError
-from ..functional import class_log_probs, kernel_log_weights, squared_distances
+from ..functional import floored_log_probs, kernel_log_weights, log_shares, squared_distances
 from ..index import Engine
 from .base import positive
 from .dense_objective import DenseObjective
@@ -18,6 +19,9 @@ from .memory_head import MemoryHead
 from .row_steps import trained_rows
 from .whitening import LEAST, Whitening
 from .width import Width
+
+_FAINT: Final = 1e-30
+"""A share below is summed in logarithms: what is left of single precision would lose some of its digits."""
 
 
 class KernelVoteHead(MemoryHead):
@@ -128,7 +132,7 @@ class KernelVoteHead(MemoryHead):
         self.width.choose(self._stored_distances(), len(self.memory))
 
     def _centers(self, rows: Tensor) -> Tensor:
-        """(B, k, d) centers at rows (B, k)."""
+        """(B, k, d) centers at rows (B, k), a copy."""
         return self.memory.keys_at(rows)
 
     def _log_w(self, rows: Tensor) -> Tensor | None:
@@ -143,7 +147,7 @@ class KernelVoteHead(MemoryHead):
     def _log_weights(self, z: Tensor, rows: Tensor) -> Tensor:
         if self.width.wanted(len(self.memory)):
             self.width.choose(self._stored_distances(), len(self.memory))
-        sq = squared_distances(z, self._centers(rows))
+        sq = squared_distances(z, self._centers(rows).to(z.dtype), overwrite=True)
         if self.training:
             self.width.follow(sq.detach(), rows >= 0)
         return kernel_log_weights(sq, self.width(), rows >= 0, self._log_w(rows))
@@ -161,10 +165,25 @@ class KernelVoteHead(MemoryHead):
             return self._uniform(z)
         z = self._embed(z.to(self.memory.keys.dtype))
         rows = self._search(z, ids, self.k)
-        log_probs = class_log_probs(self._log_weights(z, rows), self.memory.values_at(rows), self.floor)
+        log_probs = floored_log_probs(self._log_shares(self._log_weights(z, rows), rows), self.floor)
         if self.training and self.tracks:
             self._track(z, ids)
         return log_probs
+
+    def _log_shares(self, log_weights: Tensor, rows: Tensor) -> Tensor:
+        """(B, C) logarithm of what each class has of the weights (B, k) of rows (B, k), as `log_shares` has it.
+
+        Summed as they are, which takes B k numbers in place of the B k C logarithms; those are taken for the samples
+        with a class whose share is too small for single precision, and which would otherwise not pull.
+        """
+        share = self.memory.share_of(rows, log_weights.exp())
+        near = self.memory.share_of(rows, torch.ones_like(log_weights)) > 0
+        log_p = share.clamp_min(_FAINT).log().masked_fill(~near, -math.inf)
+        faint = ((share < _FAINT) & near).any(1).nonzero().flatten()
+        if len(faint):
+            exact = log_shares(log_weights[faint], self.memory.values_at(rows[faint]).to(log_weights.dtype))
+            log_p = log_p.index_copy(0, faint, exact)
+        return log_p
 
     def _step_rows(self, table: Tensor, rows: Tensor, step: float | Tensor) -> Tensor:
         """Rows (B, k) or (n,) of a table; in training they take a step of that size, see `trained_rows`."""
