@@ -39,9 +39,7 @@ def products_nearest(queries: Tensor, keys: Tensor, offset: Tensor, k: int, *, t
     found = []
     for some in queries.split(part):
         distances = torch.addmm(offset, some, keys.T, alpha=-2)
-        found.append(
-            _two_stages(distances, k) if two_stages else torch.topk(distances, k, dim=1, largest=False).indices
-        )
+        found.append(_two_stages(distances, k) if two_stages else smallest(distances, k))
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
@@ -49,7 +47,7 @@ def l1_nearest(queries: Tensor, keys: Tensor, offset: Tensor, k: int) -> Tensor:
     """(B, k) rows with the smallest city-block distance, nearest first; those with an infinite offset last."""
     part = max(1, CHUNK_BYTES // (len(keys) * keys.element_size()))
     distances = (torch.cdist(some, keys, p=1.0).add_(offset) for some in queries.split(part))
-    return torch.cat([torch.topk(some, k, dim=1, largest=False).indices for some in distances])
+    return torch.cat([smallest(some, k) for some in distances])
 
 
 def products_at(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
@@ -73,6 +71,18 @@ def products_at(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
     return torch.zeros_like(rows, dtype=keys.dtype).masked_scatter_(there, products)
 
 
+def smallest(values: Tensor, k: int) -> Tensor:
+    """(B, k) places of the k smallest of each row of numbers (B, n), smallest first."""
+    rows, width = values.shape
+    # Measured on one thread, 96 rows of 1,000 and of 6,000, k = 128: numpy's partition takes a third of torch's time;
+    # for fewer of more it takes longer.
+    there = values.device.type == "cpu" and values.element_size() >= 4
+    if not there or rows < 8 or not 16 <= k < width <= 256 * k:
+        return values.topk(k, dim=1, largest=False).indices
+    near = torch.from_numpy(values.numpy().argpartition(k - 1, axis=1)[:, :k])
+    return near.gather(1, values.gather(1, near).argsort(dim=1))
+
+
 def group_size(rows: int, k: int) -> int:
     """Rows whose best stands for all of them in the first stage; 0 where one stage is as good."""
     size = 1
@@ -87,7 +97,7 @@ def _two_stages(distances: Tensor, k: int) -> Tensor:
     size = group_size(rows, k)
     groups = rows // size if size else 0
     if groups <= k:
-        return torch.topk(distances, k, dim=1, largest=False).indices
+        return smallest(distances, k)
     whole = groups * size
     best = distances[:, :whole].view(batch, size, groups).amin(1).topk(k, dim=1, largest=False).indices
     steps = torch.arange(size, device=distances.device) * groups

@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from nnheads._exact import smallest
 from nnheads._fast_scan import FastScan, can_scan, fetched
 from nnheads.errors import ConfigError, EmptyMemoryError, ShapeError
 from nnheads.index import Metric, unit_rows
@@ -101,8 +102,8 @@ class CodeIndex:
         first = 0
         for part in codes.split(max(k, _CHUNK_NUMBERS // width)):
             distances = self._distances(queries, part, quantizer)
-            near = distances.topk(min(k, len(part)), dim=1, largest=False)
-            values, places = near.values, near.indices + first
+            places = smallest(distances, min(k, len(part)))
+            values, places = distances.gather(1, places), places + first
             if best is not None and rows is not None:
                 values, places = torch.cat([best, values], 1), torch.cat([rows, places], 1)
                 near = values.topk(min(k, values.shape[1]), dim=1, largest=False)
