@@ -118,17 +118,22 @@ class ExemplarBuffer:
         """What is held, as an image set; images that are not compressed are shared."""
         return ImageSet(self._codec.decode(self._images[: self._count]), self.labels, self.ids, self.class_names)
 
-    def as_stored(self, images: Tensor) -> Tensor:
-        """(n, C, H, W) uint8 images as they would come back from the buffer."""
-        return self._codec.decode(self._codec.encode(images)) if self.compresses else images
+    def encode(self, images: Tensor) -> Tensor:
+        """(n, C, H, W) uint8 images as they are stored, (n, ...) uint8; images that are not compressed are shared."""
+        return self._codec.encode(images)
 
-    def offer(self, data: ImageSet, rows: Tensor, experience: int = 0) -> Change:
+    def decode(self, codes: Tensor) -> Tensor:
+        """The inverse of `encode`, up to what compression loses."""
+        return self._codec.decode(codes)
+
+    def offer(self, data: ImageSet, rows: Tensor, experience: int = 0, codes: Tensor | None = None) -> Change:
         """Offer samples; they enter where their class has room for them, others make room.
 
         Args:
             data: where the samples are.
             rows: (n,) int64 their positions there. One that is held already is left as it is.
             experience: the experience they come with, see `draw`.
+            codes: all of ``data.images`` by `encode`, where the caller has them.
         """
         ids, first = np.unique(data.ids[rows].numpy(), return_index=True)
         held = self._count
@@ -151,7 +156,7 @@ class ExemplarBuffer:
         where = torch.from_numpy(places)
         chosen = rows[torch.from_numpy(first[into])]
         if self.keeps_images:
-            self._images[where] = self._codec.encode(data.images[chosen])
+            self._images[where] = self._codec.encode(data.images[chosen]) if codes is None else codes[chosen]
         self._labels[places], self._ids[places], self._since[places] = labels[into], ids[into], experience
         self._priority[places] = priority[into]
         self._count = held + max(0, len(into) - len(out))
