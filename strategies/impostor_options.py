@@ -18,6 +18,9 @@ DRIFTS: Final = ("free", "frozen", "distill")
 class ImpostorOptions:
     """What ``--strategy-option`` takes for the strategy ``impostor``.
 
+    Where centers are chosen at random and keep their labels, the defaults are not Algorithm 1 as written, which
+    `CenterRules` has by default, but what was measured best where the exemplars are replayed and embedded anew.
+
     Attributes:
         n_a, n_d, choose, drop, redistribute, ridge, rounds, balanced: see
             `nnheads.strategies.center_rules.CenterRules`.
@@ -35,7 +38,7 @@ class ImpostorOptions:
     n_d: int | None = None
     choose: str = "random"
     drop: Literal["best", "random"] = "random"
-    redistribute: Redistribution = "influence"
+    redistribute: Redistribution = "none"
     ridge: float = 1.0
     rounds: int = 1
     balanced: bool = True
