@@ -190,7 +190,9 @@ class HalfKeys:
         """Rows (b, k) and whether each query's are proved (b,); the lower bounds are written to ``held``."""
         batch = len(queries)
         centered = queries - self._mean
-        want = min(k + self._widening * max(16, k // 2), extent)
+        # Without a proof a single query costs three times as much; twice the candidates cost it nothing.
+        widening = max(2, self._widening) if batch <= _FEW_QUERIES else self._widening
+        want = min(k + widening * max(16, k // 2), extent)
         size = _side(len(half), want)
         bounds, least, shift = self._bounds(centered, half, held, size)
         column = torch.arange(batch, device=half.device).unsqueeze(1)

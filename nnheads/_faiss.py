@@ -78,10 +78,10 @@ def faiss_nearest(queries: Tensor, keys: Tensor, offset: Tensor, k: int, metric:
     if keys.is_cuda:
         return _gpu_nearest(queries, keys, k, metric)
     batch, (count, width) = queries.shape[0], keys.shape
-    found_rows, distances = np.empty((batch, k), np.int64), np.empty((batch, k), np.float32)
+    rows, distances = torch.empty(batch, k, dtype=torch.int64), np.empty((batch, k), np.float32)
     pointer = faiss.swig_ptr
     vectors = (pointer(queries.numpy()), pointer(keys.numpy()), width, batch, count)
-    found = (pointer(distances), pointer(found_rows))
+    found = (pointer(distances), pointer(rows.numpy()))  # to make a tensor of an array takes longer
     try:
         if metric == "l1":
             faiss.knn_extra_metrics(*vectors, faiss.METRIC_L1, 0.0, k, *found)
@@ -91,7 +91,7 @@ def faiss_nearest(queries: Tensor, keys: Tensor, offset: Tensor, k: int, metric:
             faiss.knn_L2sqr(*vectors, k, *found, pointer(offset.numpy()))
     except (AssertionError, RuntimeError, TypeError) as error:
         raise ConfigError(f"FAISS {faiss.__version__} failed ({_line(error)}): use engine='torch'") from error
-    return torch.from_numpy(found_rows)
+    return rows
 
 
 def _gpu_nearest(queries: Tensor, keys: Tensor, k: int, metric: str) -> Tensor:

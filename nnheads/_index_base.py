@@ -229,9 +229,11 @@ class Index(ABC):
 
 
 def _sum_is_finite(values: Tensor) -> bool:
-    """Whether the sum is finite: then all values are, and it is one step."""
-    few = values.device.type == "cpu" and values.numel() <= 2**12
-    return math.isfinite(values.numpy().sum() if few else float(values.sum()))  # numpy begins sooner
+    """Whether the sum, or that of the squares, is finite: then all values are, and it is one step."""
+    if values.is_cpu and values.numel() <= 2**12:
+        few = values.numpy().ravel()
+        return math.isfinite(few.dot(few))  # numpy begins sooner than torch, and its dot sooner than its sum
+    return math.isfinite(float(values.sum()))
 
 
 def unit_rows(vectors: Tensor) -> Tensor:
