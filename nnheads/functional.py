@@ -55,10 +55,11 @@ def squared_distances(z: Tensor, neighbors: Tensor, *, overwrite: bool = False) 
 
     Args:
         z: (B, d) embeddings.
-        neighbors: (B, k, d) of the same dtype.
+        neighbors: (B, k, d) the neighbours of each; the wider dtype of the two is computed in.
         overwrite: whether ``neighbors``, a copy of the caller's that needs no gradient, may be overwritten.
     """
-    distances: Tensor = _SquaredDistances.apply(z, neighbors, overwrite)
+    wide = torch.promote_types(z.dtype, neighbors.dtype)
+    distances: Tensor = _SquaredDistances.apply(z.to(wide), neighbors.to(wide), overwrite)
     return distances
 
 

@@ -63,8 +63,6 @@ class ExemplarBuffer:
         self.seed = seed
         self.class_names = class_names
         self.keeps_images = image_shape is not None
-        #: Whether images lose something when they are stored.
-        self.compresses = exemplar_bytes is not None
         shape = image_shape or (0, 0, 0)
         self._codec: ImageCodec = RawCodec(shape) if exemplar_bytes is None else WebPCodec(shape, exemplar_bytes)
         self._images = torch.zeros(budget, *self._codec.row_shape, dtype=torch.uint8)

@@ -218,9 +218,7 @@ def test_neighbor_distances(metric: str, data: tuple[Tensor, Tensor, Tensor, Ten
     assert bool(torch.isfinite(same.grad).all())  # type: ignore[arg-type]
 
 
-def test_squared_distances_may_overwrite_a_copy(
-    data: tuple[Tensor, Tensor, Tensor, Tensor],
-) -> None:
+def test_squared_distances_may_overwrite_a_copy(data: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     z, c = data[0].clone().requires_grad_(), data[1][: 2 * B].view(B, 2, D)
     expected = (z.unsqueeze(1) - c).square().sum(-1)
     (wanted,) = torch.autograd.grad(expected.square().sum(), z)
@@ -229,6 +227,11 @@ def test_squared_distances_may_overwrite_a_copy(
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(torch.autograd.grad(ours.square().sum(), z)[0], wanted)
     assert not torch.equal(copy, c)
+    for narrow, wide in ((torch.bfloat16, torch.float32), (torch.float32, torch.float64)):
+        mixed = f.squared_distances(z.detach().to(narrow), c.to(wide, copy=True), overwrite=True)
+        exact = (z.detach().to(narrow).to(wide).unsqueeze(1) - c.to(wide)).square().sum(-1)
+        torch.testing.assert_close(mixed, exact)
+        assert f.squared_distances(z.detach().to(wide), c.to(narrow), overwrite=True).dtype == wide
     learned = c.clone().requires_grad_()  # it has a gradient to come back to: left as it is
     f.squared_distances(z, learned, overwrite=True).sum().backward()
     assert torch.equal(learned, c)

@@ -147,7 +147,7 @@ class KernelVoteHead(MemoryHead):
     def _log_weights(self, z: Tensor, rows: Tensor) -> Tensor:
         if self.width.wanted(len(self.memory)):
             self.width.choose(self._stored_distances(), len(self.memory))
-        sq = squared_distances(z, self._centers(rows).to(z.dtype), overwrite=True)
+        sq = squared_distances(z, self._centers(rows), overwrite=True)
         if self.training:
             self.width.follow(sq.detach(), rows >= 0)
         return kernel_log_weights(sq, self.width(), rows >= 0, self._log_w(rows))
