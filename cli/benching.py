@@ -19,6 +19,7 @@ def bench(
     embeddings: Annotated[
         Path | None, typer.Option(help="Real embeddings: 'embeddings' writes this file, others read it.")
     ] = None,
+    epochs: Annotated[int, typer.Option(help="Of the backbone that 'embeddings' trains.")] = 3,
     data_dir: Annotated[Path | None, typer.Option(help="Where CIFAR-10 and CIFAR-100 are.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for rows, versions and device.")] = None,
 ) -> None:
@@ -35,6 +36,8 @@ def bench(
         find_bench(name)
     if rounds < 1:
         raise ConfigError(f"--rounds must be 1 or more, got {rounds}")
+    if epochs < 1:
+        raise ConfigError(f"--epochs must be 1 or more, got {epochs}")
     if threads is not None:
         _pin(threads)
     if name == "embeddings":
@@ -42,7 +45,7 @@ def bench(
 
         if embeddings is None:
             raise ConfigError("name the file to write: --embeddings FILE")
-        share, epochs = (0.02, 1) if quick else (1.0, 3)
+        share, epochs = (0.02, 1) if quick else (1.0, epochs)
         typer.echo(f"embeddings: {make_embeddings(embeddings, data_dir, epochs=epochs, share=share)}")
         return
     from nnheads.benchmarks.results import write_json

@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -232,7 +233,8 @@ def _sum_is_finite(values: Tensor) -> bool:
     """Whether the sum, or that of the squares, is finite: then all values are, and it is one step."""
     if values.is_cpu and values.numel() <= 2**12:
         few = values.numpy().ravel()
-        return math.isfinite(few.dot(few))  # numpy begins sooner than torch, and its dot sooner than its sum
+        with np.errstate(all="ignore"):  # not finite is an answer
+            return math.isfinite(few.dot(few))  # numpy begins sooner than torch, and its dot sooner than its sum
     return math.isfinite(float(values.sum()))
 
 

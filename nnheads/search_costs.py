@@ -21,22 +21,24 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from nnheads._exact import HalfKeys, products_nearest
+from nnheads._exact import HalfKeys, nearest_to_one, products_nearest
 from nnheads._faiss import faiss_available, faiss_gpu_available, faiss_nearest, load_faiss
 from nnheads.devices import multiplies_bfloat16
 from nnheads.storage import cache_root, replace_text
 
-ENGINES: Final = ("torch", "torch-groups", "bfloat16", "faiss-pairs", "faiss-products")
+ENGINES: Final = ("numpy", "torch", "torch-groups", "bfloat16", "faiss-pairs", "faiss-products")
 FAISS_PRODUCTS: Final = 128_000  # numbers in a batch from which FAISS 1.15 multiplies matrices
 _WORTH_SECONDS: Final = 3.0  # about what measuring takes
+_NEAR_BYTES: Final = 2**24  # of keys; what is beyond comes from memory, more slowly, in each search
 
 # Of an Intel Xeon with AMX, one thread: seconds for each of `_terms`.
 _DEFAULT: Final[dict[str, list[float]]] = {
-    "torch": [0.0, 0.0, 1.68e-10, 1.12e-11, 2.31e-9, 2.81e-7],
-    "torch-groups": [2.92e-5, 0.0, 1.75e-10, 1.11e-11, 1.78e-9, 1.08e-7],
-    "bfloat16": [4.11e-4, 5.8e-6, 1.55e-10, 9.42e-13, 1.26e-9, 3.97e-10],
-    "faiss-pairs": [0.0, 0.0, 6.98e-11, 1.17e-10, 0.0, 4.22e-9],
-    "faiss-products": [0.0, 0.0, 0.0, 1.9e-11, 0.0, 0.0],
+    "numpy": [1e-5, 0.0, 1.6e-10, 0.0, 4e-10, 1e-7, 3e-11],
+    "torch": [0.0, 0.0, 1.68e-10, 1.12e-11, 2.31e-9, 2.81e-7, 0.0],
+    "torch-groups": [2.92e-5, 0.0, 1.75e-10, 1.11e-11, 1.78e-9, 1.08e-7, 0.0],
+    "bfloat16": [4.11e-4, 5.8e-6, 1.55e-10, 9.42e-13, 1.26e-9, 3.97e-10, 0.0],
+    "faiss-pairs": [0.0, 0.0, 6.98e-11, 1.17e-10, 0.0, 4.22e-9, 0.0],
+    "faiss-products": [0.0, 0.0, 0.0, 1.9e-11, 0.0, 0.0, 0.0],
 }
 
 _log = logging.getLogger(__name__)
@@ -68,7 +70,8 @@ class Plan:
     """What a search is done with.
 
     Attributes:
-        engine: ``torch``, ``torch-groups`` (a top-k in two stages), ``bfloat16`` (proved in float32) or ``faiss``.
+        engine: ``numpy`` (one query), ``torch``, ``torch-groups`` (a top-k in two stages), ``bfloat16`` (proved in
+            float32), ``faiss-pairs`` (few numbers in the batch) or ``faiss-products``.
         seconds: predicted for every engine that can do it; empty where there is one alone.
         reason: why, in a few words.
     """
@@ -91,13 +94,13 @@ class Plan:
         return f"{self.engine}: {self.reason}" + (f" ({listed})" if listed else "")
 
 
-def engines_for(device: torch.device, batch_numbers: int) -> list[str]:
-    """Engines that can search float32 keys on a device with a batch of so many numbers."""
-    found = ["torch", "torch-groups"]
+def engines_for(device: torch.device, batch: int, width: int) -> list[str]:
+    """Engines that can search float32 keys on a device with a batch of so many queries of so many numbers."""
+    found = ["numpy"] if batch == 1 and device.type == "cpu" else ["torch", "torch-groups"]
     if multiplies_bfloat16(device):
         found.append("bfloat16")
     if device.type == "cpu" and faiss_available():
-        found.append("faiss-products" if batch_numbers >= FAISS_PRODUCTS else "faiss-pairs")
+        found.append("faiss-products" if batch * width >= FAISS_PRODUCTS else "faiss-pairs")
     elif device.type == "cuda" and faiss_gpu_available():
         found.append("faiss-products")
     return found
@@ -145,8 +148,10 @@ def fit_costs(device: torch.device) -> CostModel:
 
 def _terms(engine: str, rows: int, width: int, batch: int, k: int) -> tuple[float, ...]:
     read, multiplied, selected = float(rows * width), float(batch * rows * width), float(batch * rows)
-    last = float(batch * (k + max(16, k // 2)) * width) if engine == "bfloat16" else float(batch * k)
-    return 1.0, float(batch), read, multiplied, selected, last
+    half = engine == "bfloat16"
+    last = float(batch * (k + max(16, k // 2)) * width) if half else float(batch * k)
+    far = max(0.0, (2 if half else 4) * read - _NEAR_BYTES)
+    return 1.0, float(batch), read, multiplied, selected, last, far
 
 
 def _fit(device: torch.device) -> dict[str, list[float]]:
@@ -163,7 +168,7 @@ def _fit(device: torch.device) -> dict[str, list[float]]:
     return weights
 
 
-def _probes(device: torch.device) -> Iterator[tuple[int, int, int, int, str, Callable[[], Tensor]]]:
+def _probes(device: torch.device) -> Iterator[tuple[int, int, int, int, str, Callable[[], object]]]:
     generator = torch.Generator().manual_seed(0)
     for rows, width in ((2_000, 64), (2_000, 512), (16_000, 64), (16_000, 512), (50_000, 256), (200_000, 64)):
         keys = torch.randn(rows, width, generator=generator).to(device)
@@ -173,7 +178,7 @@ def _probes(device: torch.device) -> Iterator[tuple[int, int, int, int, str, Cal
             if batch * rows * width > 2**31:
                 continue
             queries = torch.randn(batch, width, generator=generator).to(device)
-            for engine in engines_for(device, queries.numel()):
+            for engine in engines_for(device, batch, width):
                 if engine == "faiss-pairs" and batch * rows * width > 2**28:
                     continue
                 yield rows, width, batch, k, engine, _search(engine, queries, keys, offset, k, half)
@@ -181,15 +186,18 @@ def _probes(device: torch.device) -> Iterator[tuple[int, int, int, int, str, Cal
 
 def _search(
     engine: str, queries: Tensor, keys: Tensor, offset: Tensor, k: int, half: HalfKeys | None
-) -> Callable[[], Tensor]:
+) -> Callable[[], object]:
     if engine == "bfloat16" and half is not None:
         return lambda: half.nearest(queries, k)
+    if engine == "numpy":
+        arrays = queries.numpy(), keys.numpy(), offset.numpy()
+        return lambda: nearest_to_one(*arrays, k)
     if engine.startswith("faiss"):
         return lambda: faiss_nearest(queries, keys, offset, k, "l2")
     return lambda: products_nearest(queries, keys, offset, k, two_stages=engine == "torch-groups")
 
 
-def _best_of(search: Callable[[], Tensor], device: torch.device, times: int = 4) -> float:
+def _best_of(search: Callable[[], object], device: torch.device, times: int = 4) -> float:
     seconds = []
     for _ in range(times):
         started = time.perf_counter()
@@ -205,7 +213,7 @@ def _best_of(search: Callable[[], Tensor], device: torch.device, times: int = 4)
 def _key(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     faiss = load_faiss().__version__ if faiss_available() else "none"
-    return f"{name}; {torch.get_num_threads()} threads; torch {torch.__version__}; faiss {faiss}; 2"
+    return f"{name}; {torch.get_num_threads()} threads; torch {torch.__version__}; faiss {faiss}; 3"
 
 
 def _processor() -> str:

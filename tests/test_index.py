@@ -297,14 +297,15 @@ def test_without_faiss(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
     faiss_available.cache_clear()
 
 
-@pytest.mark.parametrize("planned", ["torch", "torch-groups", "bfloat16", "faiss-pairs", "faiss-products"])
+@pytest.mark.parametrize("planned", ["numpy", "torch", "torch-groups", "bfloat16", "faiss-pairs", "faiss-products"])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_auto_does_what_its_plan_says(planned: str, metric: Metric, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"torch": 1.0, "torch-groups": 1.0, planned: 0.5}
     monkeypatch.setattr(AutoIndex, "explain_plan", lambda *_: Plan(planned, seconds, "told so"))
     monkeypatch.setattr(index_module, "spend", lambda *_: False)
     generator = torch.Generator().manual_seed(3)
-    keys, queries = torch.randn(700, 12, generator=generator), torch.randn(30, 12, generator=generator)
+    count = 1 if planned == "numpy" else 30
+    keys, queries = torch.randn(700, 12, generator=generator), torch.randn(count, 12, generator=generator)
     active = torch.ones(700, dtype=torch.bool)
     active[::3] = False
     index = build_index("auto", metric)
@@ -318,3 +319,39 @@ def test_auto_does_what_its_plan_says(planned: str, metric: Metric, monkeypatch:
     keys += 0.1
     index.update(torch.arange(700))
     check(index, queries, keys, active, 9)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_single_queries_find_the_same_again_and_after_changes(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan("numpy", {"numpy": 0.5, "torch": 1.0}, "told so")
+    monkeypatch.setattr(AutoIndex, "explain_plan", lambda *_: plan)
+    monkeypatch.setattr(index_module, "spend", lambda *_: False)
+    generator = torch.Generator().manual_seed(3)
+    keys, query = torch.randn(300, 8, generator=generator), torch.randn(1, 8, generator=generator)
+    active = torch.ones(300, dtype=torch.bool)
+    active[7] = False
+    keys[7] = torch.nan
+    index = build_index("auto")
+    index.build(keys, active)
+    for _ in range(3):
+        check(index, query, keys.nan_to_num(), active, k)
+        check(index, query.double().requires_grad_(), keys.nan_to_num(), active, k)
+    keys[:50] = query + 0.01 * torch.arange(50)[:, None]
+    index.update(torch.arange(7))
+    index.update(torch.arange(8, 50))
+    keys[7] = torch.inf
+    check(index, query, keys.nan_to_num(), active, k)
+    longer, more = torch.cat([keys, query + 1e-3]), torch.cat([active, torch.tensor([True])])
+    index.grow(longer, more)
+    index.update(torch.tensor([300]))
+    for _ in range(2):
+        check(index, query, longer.nan_to_num(), more, k)
+        assert index.search(query, 400)[0, 300:].eq(-1).all()
+    check(index, 1e25 * query, longer.nan_to_num(), more, 1)
+    for wrong in (torch.nan, torch.inf):
+        with pytest.raises(ShapeError, match="NaN or infinity"):
+            index.search(torch.full((1, 8), wrong), k)
+    with pytest.raises(ShapeError, match="8 wide"):
+        index.search(query[:, :5], k)
+    with pytest.raises(ConfigError, match="at least 1"):
+        index.search(query, 0)

@@ -1,24 +1,35 @@
-"""The NCA loss in blocks beside pytorch-metric-learning's NCALoss: time, and peak memory in processes of their own."""
+"""The NCA loss in blocks beside pytorch-metric-learning's NCALoss: time, and peak memory in processes of their own.
+
+And a linear map learned with it beside scikit-learn's NeighborhoodComponentsAnalysis: L-BFGS from the same start.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from nnheads.benchmarks.speed.embeddings import read_embeddings
 from nnheads.benchmarks.speed.harness import OURS, Report, Row, Settings, in_turn, needs
 from nnheads.functional import nca_loss
 
 PEER = "pytorch-metric-learning NCALoss"
+SKLEARN = "scikit-learn NeighborhoodComponentsAnalysis"
 _CLASSES = 100
+_STEPS = 10  # of L-BFGS
 
 
 def rows(settings: Settings, report: Report) -> list[Row]:
-    """Time of loss and gradient at each size, and the peak memory of both at the largest."""
+    """Time of loss and gradient at each size, the peak memory at the largest, and the time of learning a linear map."""
     needs("pytorch-metric-learning")
     sizes = (256, 512) if settings.quick else (256, 512, 1024, 2048, 4096, 8192)
     found = []
@@ -37,7 +48,83 @@ def rows(settings: Settings, report: Report) -> list[Row]:
         ratio = memory[OURS] / memory[PEER]
         found.append({"case": case, "bytes": memory, "ratio": ratio, "met": ratio <= 1 / 8})
         report(f"{case}: {memory[OURS] / 2**20:.1f} MB, {PEER} {memory[PEER] / 2**20:.1f} MB, ratio {ratio:.3f}")
+    return found + _maps(settings, report)
+
+
+def _maps(settings: Settings, report: Report) -> list[Row]:
+    """Milliseconds of an evaluation of loss and gradient while a linear map is learned, and the loss it ends with."""
+    found = []
+    for title, x, y, width in _samples(settings):
+        case = f"linear map of {title}, {len(x):,} x {x.shape[1]} to {width}"
+        if not settings.wants(case):
+            continue
+        results: dict[str, tuple[NDArray[Any], int]] = {}
+
+        def learn(
+            name: str,
+            x: NDArray[Any] = x,
+            y: NDArray[Any] = y,
+            width: int = width,
+            results: dict[str, tuple[NDArray[Any], int]] = results,
+        ) -> None:
+            results[name] = (_learn_map if name == OURS else _sklearn_map)(x, y, width)
+
+        timings = in_turn({name: partial(learn, name) for name in (OURS, SKLEARN)}, settings.rounds, patient=True)
+        evaluations = {name: count for name, (_, count) in results.items()}
+        ms = {name: 1e3 * timings.median(name) / evaluations[name] for name in results}
+        ratio = timings.ratio(OURS, SKLEARN) * evaluations[SKLEARN] / evaluations[OURS]
+        losses = {name: _map_loss(torch.from_numpy(found), x, y).item() for name, (found, _) in results.items()}
+        row: Row = {"case": case, "ms": ms, "evaluations": evaluations, "loss": losses, "ratio": ratio}
+        row["met"] = ratio <= 1.0
+        found.append(row)
+        report(f"{case}: {ms[OURS]:.1f} ms, {SKLEARN} {ms[SKLEARN]:.1f} ms an evaluation, ratio {ratio:.3f}")
     return found
+
+
+def _samples(settings: Settings) -> list[tuple[str, NDArray[Any], NDArray[Any], int]]:
+    """Title, float64 samples (N, d), labels (N,) and how many numbers to map to."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    sets = [("digits", x / 16, y, 16)]
+    if settings.embeddings is not None:
+        kept, _ = read_embeddings(settings.embeddings, "train", "train_labels")
+        some = slice(0, 500 if settings.quick else 5000)
+        z = kept["train"][some].double()
+        sets.append(
+            ("embeddings of CIFAR-100", (z / z.norm(dim=1).mean()).numpy(), kept["train_labels"][some].numpy(), 32)
+        )
+    return sets
+
+
+def _map_loss(transform: Tensor, x: NDArray[Any], y: NDArray[Any]) -> Tensor:
+    return nca_loss(torch.from_numpy(x) @ transform.T, torch.from_numpy(y), "expected", "sqeuclidean")
+
+
+def _learn_map(x: NDArray[Any], y: NDArray[Any], width: int) -> tuple[NDArray[Any], int]:
+    """The map (width, d), and how often loss and gradient were evaluated."""
+    from scipy.optimize import minimize
+    from sklearn.decomposition import PCA
+
+    def evaluate(flat: NDArray[Any]) -> tuple[float, NDArray[Any]]:
+        transform = torch.from_numpy(flat.reshape(width, -1)).requires_grad_()
+        loss = len(x) * _map_loss(transform, x, y)  # the sum, as scikit-learn has it
+        (gradient,) = torch.autograd.grad(loss, transform)
+        return loss.item(), gradient.numpy().ravel()
+
+    start = PCA(width, random_state=0).fit(x).components_
+    done = minimize(evaluate, start.ravel(), jac=True, method="L-BFGS-B", tol=0.0, options={"maxiter": _STEPS})
+    return done.x.reshape(width, -1), int(done.nfev)
+
+
+def _sklearn_map(x: NDArray[Any], y: NDArray[Any], width: int) -> tuple[NDArray[Any], int]:
+    from sklearn.neighbors import NeighborhoodComponentsAnalysis
+
+    learner = NeighborhoodComponentsAnalysis(width, init="pca", max_iter=_STEPS, tol=0.0, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has not converged, nor is it to
+        learner.fit(x, y)
+    return np.asarray(learner.components_), int(learner.n_iter_)  # which counts evaluations
 
 
 def _step(name: str, size: int, width: int) -> Callable[[], Tensor]:

@@ -24,6 +24,7 @@ DENSE = f"{OURS}, dense head"
 IMPOSTOR = f"{OURS}, strategy impostor"
 AVALANCHE = "Avalanche Replay, float32"
 AVALANCHE_HALF = "Avalanche Replay, bfloat16"
+ICARL = "Avalanche iCaRL, float32"
 PLAIN = "plain PyTorch loop"
 _EXPERIENCES = 2
 _SHARE = 0.06  # of the images and of the memory: what is done once an experience keeps its part of the whole
@@ -45,6 +46,7 @@ def rows(settings: Settings, report: Report) -> list[Row]:
         IMPOSTOR: _Learners(replace(base, strategy="impostor")),
         AVALANCHE: _Learners(peer),
         AVALANCHE_HALF: _Learners(replace(peer, precision="bfloat16")),
+        ICARL: _Learners(replace(base, strategy="icarl")),
         PLAIN: _Plain(ours),
     }
     for contender in contenders.values():
@@ -62,6 +64,7 @@ def rows(settings: Settings, report: Report) -> list[Row]:
         ("with a dense head over a plain loop", DENSE, PLAIN, None),
         ("strategy impostor over Avalanche's Replay", IMPOSTOR, AVALANCHE, 1.0),
         ("strategy impostor over Avalanche's Replay in bfloat16", IMPOSTOR, AVALANCHE_HALF, None),
+        ("strategy impostor over Avalanche's iCaRL, a sample", IMPOSTOR, ICARL, None),
     ):
         found.append(_compared(case, timings, mine, other, samples, bar))
         report(f"{case}: {found[-1]['ratio']:.3f} ({timings.median(mine):.2f} s, {timings.median(other):.2f} s)")
