@@ -120,12 +120,12 @@ class RunConfig:
         for name in ("ema", "exemplar_bytes"):
             if getattr(self, name) is not None and not strategy.ours:
                 raise ConfigError(f"strategy {strategy.name!r} does not know {name}: take --strategy replay")
-        own = strategy.option_names()
+        own = strategy.option_defaults()
         for name in self.strategy_options:
             if not own:
                 raise ConfigError(f"strategy {strategy.name!r} has no options of its own, got {name}")
             if name not in own:
-                raise unknown_name(f"option of strategy {strategy.name!r}", name, own)
+                raise unknown_name(f"option of strategy {strategy.name!r}", name, list(own))
         known = head_class(head).option_names() if strategy.ours else []
         # proposed to heads that vote by kernels: others have a k too, which means something else to them
         proposed = {name: value for name, value in stream.head_options if name in known and "auxiliary" in known}
@@ -153,6 +153,7 @@ class RunConfig:
             ema=ema if self.ema is None else self.ema,
             exemplar_bytes=exemplar_bytes,
             learning_rate=self.learning_rate or stream.learning_rate,
+            strategy_options=own | dict(self.strategy_options),
         )
 
     def to_dict(self) -> dict[str, Any]:

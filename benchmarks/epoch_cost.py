@@ -23,6 +23,7 @@ from nnheads.backbones import build_backbone
 from nnheads.benchmarks.datasets import load_dataset
 from nnheads.benchmarks.results import device_name, versions, write_json
 from nnheads.benchmarks.scripts import run_script
+from nnheads.benchmarks.speed.harness import Clock, own_clock
 from nnheads.data import BatchLoader, get_augmentation
 from nnheads.devices import autocast_for, prefers_channels_last, resolve_device
 from nnheads.headed import HeadedModel
@@ -57,7 +58,7 @@ def measure(
     Returns:
         Seconds of a step, of a refresh and of an epoch for each head, and the ratios to the first head's.
     """
-    where = resolve_device(device)
+    where, clock = resolve_device(device), own_clock()
     data = load_dataset("cifar10", data_dir)
     models = {name: _model(name, backbone, where) for name in heads}
     optimizers = {
@@ -82,17 +83,17 @@ def measure(
     passes: list[float] = []
     for number in range(rounds + 1):  # the first is the warm-up
         for name, model in models.items():
-            whole, of_head = _steps(model, optimizers[name], loader, steps, where)
+            whole, of_head = _steps(model, optimizers[name], loader, steps, where, clock)
             if number:
                 seconds[name].append(whole)
                 head_seconds[name].append(of_head)
-        started = time.perf_counter()
+        started = clock()
         x = next(loader)[0]
         with torch.no_grad(), autocast_for(where):
             models[heads[0]].eval().features(x)
         _wait(where)
         if number:
-            passes.append(time.perf_counter() - started)
+            passes.append(clock() - started)
     batches = math.ceil(TRAIN_IMAGES / batch_size)
     refresh = batches * statistics.median(passes)
     result: dict[str, Any] = {}
@@ -118,6 +119,7 @@ def measure(
         "refresh_seconds": refresh,
         "heads": result,
         "threads": torch.get_num_threads(),
+        "clock": "processor time" if clock is time.process_time else "wall",
         "versions": versions(),
         "device": device_name(where),
     }
@@ -144,27 +146,32 @@ def _fill(model: HeadedModel, x: torch.Tensor) -> None:
 
 
 def _steps(
-    model: HeadedModel, optimizer: torch.optim.Optimizer, loader: Any, steps: int, device: torch.device
+    model: HeadedModel,
+    optimizer: torch.optim.Optimizer,
+    loader: Any,
+    steps: int,
+    device: torch.device,
+    clock: Clock,
 ) -> tuple[float, float]:
     """Mean seconds of a step, and of the head's forward pass in it."""
     model.train()
     batches = [next(loader) for _ in range(steps)]
     of_head = 0.0
     _wait(device)
-    started = time.perf_counter()
+    started = clock()
     for x, y, ids in batches:
         with autocast_for(device):
             z = model.features(x)
             _wait(device)
-            begun = time.perf_counter()
+            begun = clock()
             loss = model.head.loss(z, y, ids=ids)
             _wait(device)
-            of_head += time.perf_counter() - begun
+            of_head += clock() - begun
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     _wait(device)
-    return (time.perf_counter() - started) / steps, of_head / steps
+    return (clock() - started) / steps, of_head / steps
 
 
 def _wait(device: torch.device) -> None:
@@ -178,8 +185,11 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="CPU threads; with one, times are the processor's")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
     found = measure(given.data_dir, device=given.device, rounds=given.rounds)
     print(json.dumps(found, indent=2))
     if given.out is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, final
 
 from nnheads.benchmarks.config import RunConfig
+from nnheads.benchmarks.specs import stream_spec
 from nnheads.benchmarks.variants import Variant
 from nnheads.errors import CheckpointError, ConfigError
 from nnheads.strategies.registry import strategy_spec
@@ -54,7 +55,6 @@ class StreamComparison:
         """
         from nnheads.backbones import build_backbone
         from nnheads.benchmarks.datasets import DATASETS
-        from nnheads.benchmarks.specs import stream_spec
         from nnheads.devices import resolve_device
 
         if not self.variants or not self.memory or not self.seeds:
@@ -183,11 +183,29 @@ class StreamCell:
             if name not in _FREE and asked.get(name, usual[name]) != value:
                 made = asked.get(name, usual[name])
                 raise ConfigError(f"{self.results} was made with {name}={made!r}, not {value!r}: give another --out")
+        self._check_defaults(result.get("config", {}))
         return dict(result)
+
+    def _check_defaults(self, made: Mapping[str, Any]) -> None:
+        """ConfigError where what was not asked for was something else when the results were made."""
+        resolved = self.config.resolve(stream_spec(self.config.stream), strategy_spec(self.config.strategy))
+        for name, value in _as_json(resolved).items():
+            then = made.get(name, value)
+            if name == "strategy_options":  # once only those were written that the user had given
+                value = {option: value.get(option) for option in then}
+            if name not in _FREE and then != value:
+                raise ConfigError(
+                    f"{self.results} was made when {name} were {then!r} by default, and now they are {value!r}: "
+                    "give another --out, or the options then as part of the name"
+                )
 
     def asked(self) -> dict[str, Any]:
         """Its settings as JSON has them."""
-        return dict(json.loads(json.dumps(self.config.to_dict())))
+        return _as_json(self.config)
+
+
+def _as_json(config: RunConfig) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(config.to_dict())))
 
 
 def stream_cells(plan: StreamComparison, out: Path, only: Sequence[str] = ()) -> list[StreamCell]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from nnheads.errors import ConfigError, unknown_name
 
@@ -59,10 +59,14 @@ class StrategySpec:
 
     def option_names(self) -> list[str]:
         """Names of its own options."""
+        return list(self.option_defaults())
+
+    def option_defaults(self) -> dict[str, Any]:
+        """Its own options, as they are where the user gives none."""
         if not self.options:
-            return []
+            return {}
         module, _, name = self.options.partition(":")
-        return [field.name for field in fields(vars(importlib.import_module(module))[name])]
+        return {field.name: field.default for field in fields(vars(importlib.import_module(module))[name])}
 
     def resolve_head(self, head: str | None) -> str:
         """The name of the head that a run has, or of what stands in its place.

@@ -17,9 +17,11 @@ import nnheads.benchmarks.runner
 from nnheads.benchmarks.compare_streams import MEASURES, all_cells, compare_streams, summarize_streams
 from nnheads.benchmarks.config import RunConfig
 from nnheads.benchmarks.locks import exclusive
+from nnheads.benchmarks.specs import stream_spec
 from nnheads.benchmarks.stream_comparison import StreamComparison, stream_cells
 from nnheads.benchmarks.variants import Variant, variants
 from nnheads.errors import CheckpointError, ConfigError, UnknownNameError
+from nnheads.strategies.registry import strategy_spec
 
 BASE = RunConfig(stream="split-digits", device="cpu")
 
@@ -201,6 +203,28 @@ def test_results_are_never_mixed_or_overwritten(asked: list[RunConfig], tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         compare_streams(comparison, tmp_path / "file")
+
+
+def test_results_made_with_other_defaults_are_not_taken_for_these(asked: list[RunConfig], tmp_path: Path) -> None:
+    comparison = plan("impostor", memory=(50,))
+    compare_streams(comparison, tmp_path)
+    file = tmp_path / "impostor-m50-s0.json"
+    content = json.loads(file.read_text())
+    resolved = comparison.config(comparison.variants[0], 50, 0).resolve(
+        stream_spec(BASE.stream), strategy_spec("impostor")
+    )
+    content["config"] = json.loads(json.dumps(resolved.to_dict()))
+    assert content["config"]["strategy_options"]["redistribute"] == "none"  # nobody gave it
+    file.write_text(json.dumps(content))
+    compare_streams(comparison, tmp_path, resume=True)
+    content["config"]["strategy_options"] = {"fine_tune": 0}  # as once: those given alone
+    file.write_text(json.dumps(content))
+    compare_streams(comparison, tmp_path, resume=True)
+    for name, old in (("strategy_options", {"redistribute": "influence"}), ("head_options", {"k": 7}), ("ema", 0.5)):
+        changed = {**content, "config": {**content["config"], name: old}}
+        file.write_text(json.dumps(changed))
+        with pytest.raises(ConfigError, match=rf"impostor-m50-s0\.json was made when {name} were .* by default"):
+            compare_streams(comparison, tmp_path, resume=True)
 
 
 def test_means_spreads_and_ratios_by_hand(asked: list[RunConfig], tmp_path: Path) -> None:
