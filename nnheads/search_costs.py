@@ -28,17 +28,19 @@ from nnheads.storage import cache_root, replace_text
 
 ENGINES: Final = ("numpy", "torch", "torch-groups", "bfloat16", "faiss-pairs", "faiss-products")
 FAISS_PRODUCTS: Final = 128_000  # numbers in a batch from which FAISS 1.15 multiplies matrices
-_WORTH_SECONDS: Final = 3.0  # about what measuring takes
+_WORTH_SECONDS: Final = 7.0  # about what measuring takes
 _NEAR_BYTES: Final = 2**24  # of keys; what is beyond comes from memory, more slowly, in each search
 
 # Of an Intel Xeon with AMX, one thread: seconds for each of `_terms`.
 _DEFAULT: Final[dict[str, list[float]]] = {
-    "numpy": [1e-5, 0.0, 1.6e-10, 0.0, 4e-10, 1e-7, 3e-11],
-    "torch": [0.0, 0.0, 1.68e-10, 1.12e-11, 2.31e-9, 2.81e-7, 0.0],
-    "torch-groups": [2.92e-5, 0.0, 1.75e-10, 1.11e-11, 1.78e-9, 1.08e-7, 0.0],
-    "bfloat16": [4.11e-4, 5.8e-6, 1.55e-10, 9.42e-13, 1.26e-9, 3.97e-10, 0.0],
-    "faiss-pairs": [0.0, 0.0, 6.98e-11, 1.17e-10, 0.0, 4.22e-9, 0.0],
-    "faiss-products": [0.0, 0.0, 0.0, 1.9e-11, 0.0, 0.0, 0.0],
+    "numpy": [0.0, 0.0, 1.8e-10, 0.0, 0.0, 3.5e-9, 5.38e-12],
+    "torch": [5.31e-5, 0.0, 3.3e-10, 1.26e-11, 2.9e-9, 1.35e-7, 5.87e-12],
+    "torch-groups": [2.6e-4, 0.0, 2.03e-10, 1.37e-11, 1.87e-9, 1.58e-7, 4.08e-11],
+    "bfloat16": [1.23e-3, 3.12e-6, 2.82e-10, 7.62e-13, 8.95e-10, 5.93e-10, 1.5e-10],
+    "bfloat16-one": [0.0, 1.24e-3, 1.39e-10, 0.0, 3.99e-9, 4.14e-9, 3.03e-12],
+    "faiss-pairs": [0.0, 0.0, 4.66e-10, 1.25e-10, 0.0, 3.86e-8, 1.17e-10],
+    "faiss-pairs-one": [0.0, 0.0, 2.19e-10, 0.0, 1.27e-9, 5.9e-8, 0.0],
+    "faiss-products": [0.0, 0.0, 0.0, 2.41e-11, 0.0, 0.0, 0.0],
 }
 
 _log = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class CostModel:
     """Seconds a search takes.
 
     Attributes:
-        weights: for each engine, seconds for each of its terms.
+        weights: for each engine, seconds for each of its terms; ``-one`` behind it are those of a single query.
         source: ``"default"`` or ``"measured"``.
     """
 
@@ -61,7 +63,8 @@ class CostModel:
 
     def seconds(self, engine: str, rows: int, width: int, batch: int, k: int) -> float:
         """Predicted for one search."""
-        return sum(a * b for a, b in zip(self.weights[engine], _terms(engine, rows, width, batch, k), strict=True))
+        weights = self.weights[_row(engine, batch)]
+        return sum(a * b for a, b in zip(weights, _terms(engine, rows, width, batch, k), strict=True))
 
 
 @final
@@ -150,8 +153,15 @@ def _terms(engine: str, rows: int, width: int, batch: int, k: int) -> tuple[floa
     read, multiplied, selected = float(rows * width), float(batch * rows * width), float(batch * rows)
     half = engine == "bfloat16"
     last = float(batch * (k + max(16, k // 2)) * width) if half else float(batch * k)
+    if engine == "numpy":
+        last = float(rows) if k > 1 else 0.0  # a partition looks at all of them
     far = max(0.0, (2 if half else 4) * read - _NEAR_BYTES)
     return 1.0, float(batch), read, multiplied, selected, last, far
+
+
+def _row(engine: str, batch: int) -> str:
+    """Whose weights a search has."""
+    return f"{engine}-one" if batch == 1 and engine in ("bfloat16", "faiss-pairs") else engine
 
 
 def _fit(device: torch.device) -> dict[str, list[float]]:
@@ -159,7 +169,9 @@ def _fit(device: torch.device) -> dict[str, list[float]]:
 
     seen: dict[str, list[tuple[tuple[float, ...], float]]] = {}
     for rows, width, batch, k, engine, search in _probes(device):
-        seen.setdefault(engine, []).append((_terms(engine, rows, width, batch, k), _best_of(search, device)))
+        seen.setdefault(_row(engine, batch), []).append(
+            (_terms(engine, rows, width, batch, k), _best_of(search, device))
+        )
     weights = {}
     for engine, found in seen.items():
         # relative errors count: a small search matters as much as a large one
@@ -235,7 +247,7 @@ def _read() -> dict[str, dict[str, list[float]]]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return {
-            str(key): {name: [float(w) for w in weights[name]] for name in weights if name in ENGINES}
+            str(key): {name: [float(w) for w in weights[name]] for name in weights if name in _DEFAULT}
             for key, weights in content.items()
         }
     except FileNotFoundError:

@@ -132,7 +132,7 @@ def test_costs_are_measured_once_kept_and_read(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(search_costs, "_spent", 0.0)
     assert cost_model(CPU).source == "default"
     assert not search_costs.spend(1.0, CPU)
-    assert search_costs.spend(5.0, CPU)
+    assert search_costs.spend(8.0, CPU)
     assert not search_costs.spend(50.0, CPU)
     assert fits == ["cpu"]
     assert cost_model(CPU).source == "measured"
