@@ -55,11 +55,28 @@ def nearest_to_one(query: NDArray[Any], keys: NDArray[Any], offset: NDArray[Any]
         distances = np.dot(keys, -2 * query[0])
         distances += offset
     if k == 1:
-        nearest = distances.argmin()  # NaN where there is one
+        nearest = distances.argmin()
+        if math.isnan(distances[nearest]):  # of a hidden row
+            distances[np.isnan(distances)] = np.inf
+            nearest = distances.argmin()
         return torch.from_numpy(np.array([[nearest]])) if math.isfinite(distances[nearest]) else None
-    near = distances.argpartition(k - 1)[:k]
+    near = _candidates(distances, k)
     found = distances[near]
-    return torch.from_numpy(near[found.argsort()][None]) if math.isfinite(found.max()) else None
+    order = found.argsort()[:k]
+    return torch.from_numpy(near[order][None]) if math.isfinite(found[order[-1]]) else None
+
+
+def _candidates(distances: NDArray[Any], k: int) -> NDArray[Any]:
+    """Places of numbers (n,) among which the k smallest are; k at most n."""
+    stride = len(distances) // 16
+    if stride >= 4 * k:
+        # Among the minima of groups, k are no larger than the k-th of them: nor are the k smallest of all.
+        minima = distances[: 16 * stride].reshape(16, stride).min(0)
+        near: NDArray[Any] = (distances <= np.partition(minima, k - 1)[k - 1]).nonzero()[0]
+        if len(near) >= k:  # else it is NaN, of hidden rows
+            return near
+    first: NDArray[Any] = distances.argpartition(k - 1)[:k]
+    return first
 
 
 def l1_nearest(queries: Tensor, keys: Tensor, offset: Tensor, k: int) -> Tensor:

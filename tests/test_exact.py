@@ -203,3 +203,21 @@ def test_few_queries_near_many_rows_are_searched_twice(k: int) -> None:
     for _ in range(4):  # the first may find that it takes more candidates, and then nothing is counted yet
         half.nearest(queries, k)
     assert half.refused < 0.02
+
+
+@pytest.mark.parametrize("hidden", [0, 40, 950])
+@pytest.mark.parametrize("k", [1, 2, 12, 40])
+def test_one_query_finds_what_a_sort_finds(k: int, hidden: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    keys, query = torch.randint(-2, 3, (1000, 3), generator=generator).float(), torch.randn(1, 3, generator=generator)
+    offset = keys.square().sum(1)
+    away = torch.randperm(1000, generator=generator)[:hidden]
+    keys[away], offset[away] = torch.nan, torch.inf
+    rows = _exact.nearest_to_one(query.numpy(), keys.numpy(), offset.numpy(), k)
+    assert rows is not None
+    assert rows.shape == (1, k)
+    assert len(set(rows[0].tolist())) == k
+    distances = (keys - query).square().sum(1).nan_to_num(torch.inf)
+    torch.testing.assert_close(distances[rows[0]], distances.sort().values[:k])
+    wrong = torch.full((1, 3), torch.nan)
+    assert _exact.nearest_to_one(wrong.numpy(), keys.numpy(), offset.numpy(), k) is None

@@ -327,8 +327,8 @@ def test_single_queries_find_the_same_again_and_after_changes(k: int, monkeypatc
     monkeypatch.setattr(AutoIndex, "explain_plan", lambda *_: plan)
     monkeypatch.setattr(index_module, "spend", lambda *_: False)
     generator = torch.Generator().manual_seed(3)
-    keys, query = torch.randn(300, 8, generator=generator), torch.randn(1, 8, generator=generator)
-    active = torch.ones(300, dtype=torch.bool)
+    keys, query = torch.randn(900, 8, generator=generator), torch.randn(1, 8, generator=generator)
+    active = torch.ones(900, dtype=torch.bool)
     active[7] = False
     keys[7] = torch.nan
     index = build_index("auto")
@@ -343,10 +343,10 @@ def test_single_queries_find_the_same_again_and_after_changes(k: int, monkeypatc
     check(index, query, keys.nan_to_num(), active, k)
     longer, more = torch.cat([keys, query + 1e-3]), torch.cat([active, torch.tensor([True])])
     index.grow(longer, more)
-    index.update(torch.tensor([300]))
+    index.update(torch.tensor([900]))
     for _ in range(2):
         check(index, query, longer.nan_to_num(), more, k)
-        assert index.search(query, 400)[0, 300:].eq(-1).all()
+        assert index.search(query, 1000)[0, 900:].eq(-1).all()
     check(index, 1e25 * query, longer.nan_to_num(), more, 1)
     for wrong in (torch.nan, torch.inf):
         with pytest.raises(ShapeError, match="NaN or infinity"):
