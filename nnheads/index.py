@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from nnheads._exact import HalfKeys, nearest_to_one
+from nnheads._exact import HalfKeys, SingleKeys
 from nnheads._faiss import faiss_available, load_faiss
 from nnheads._index_base import METRICS, Index, Metric, unit_rows
 from nnheads.approximate import ApproximateIndex
@@ -83,10 +82,10 @@ class FaissIndex(Index):
 class AutoIndex(Index):
     """Exact search by whichever engine is the fastest for the call; `explain_plan` says which and why.
 
-    The engines are a matrix product with top-k, the same with a top-k in two stages, numpy's product where there is one
-    query, FAISS, and, where the device
-    multiplies bfloat16 faster, a bfloat16 search with a float32 ranking of a few more candidates, where each query's
-    answer is proved or else searched anew: results are those of float32. Their cost is predicted by
+    The engines are a matrix product with top-k, the same with a top-k in two stages, BLAS's matrix-vector product for
+    one query, FAISS, and, where the device multiplies bfloat16 faster, a bfloat16 search with a float32 ranking of a
+    few more candidates, where each query's answer is proved or else searched anew: results are those of float32. Their
+    cost is predicted by
     `nnheads.search_costs`. The bfloat16 copy takes half the bytes of the keys; it is made once searches have lost as
     much time without it as making it costs. L1 distances and float64 keys have one engine each.
     """
@@ -96,28 +95,26 @@ class AutoIndex(Index):
         self._half: HalfKeys | None = None
         self._missed = 0.0  # seconds that a bfloat16 copy would have saved
         self._plans: dict[tuple[int, int], Plan] = {}
-        self._arrays: tuple[NDArray[Any], NDArray[Any]] | None = None  # keys and offsets, for single queries
+        self._single: SingleKeys | None = None
 
     def search(self, queries: Tensor, k: int) -> Tensor:
         """As :meth:`Index.search`."""
-        # One query among few keys takes as long as a dozen calls of torch: what can be is made before.
-        arrays = self._arrays
-        plan = self._plans.get((1, k))
+        single, plan = self._single, self._plans.get((1, k))
         if (
-            arrays is None
+            single is None
             or plan is None
-            or plan.engine != "numpy"
+            or plan.engine != "gemv"
             or self.metric != "l2"
-            or queries.shape != (1, arrays[0].shape[1])
+            or queries.shape != (1, single.width)
             or queries.dtype != torch.float32
             or not queries.is_cpu
             or queries.requires_grad
         ):
             return super().search(queries, k)
-        rows = nearest_to_one(queries.numpy(), *arrays, k)
+        rows = single.nearest(queries, k)  # checks of its own would take as long
         if rows is None:
             return super().search(queries, k)  # says what is wrong with the query, or finds an engine that can
-        if spend(plan.seconds["numpy"], queries.device):
+        if spend(plan.seconds["gemv"], queries.device):
             self._plans.clear()
         return rows
 
@@ -135,9 +132,11 @@ class AutoIndex(Index):
         if keys.dtype != torch.float32 or device.type not in ("cpu", "cuda") or not self._findable:
             return Plan("torch", {}, f"{keys.dtype} keys on {device.type} are searched by torch alone")
         model = cost_model(device)
-        engines = [engine for engine in engines_for(device, batch, width) if engine in model.weights]
-        if hidden or not keys.is_contiguous():
-            engines = [engine for engine in engines if not engine.startswith("faiss")]  # it would need a copy
+        strided = not keys.is_contiguous()  # BLAS and FAISS would copy them, FAISS those that are not hidden too
+        found = engines_for(device, 2 if strided and batch == 1 else batch, width)
+        engines = [engine for engine in found if engine in model.weights]
+        if hidden or strided:
+            engines = [engine for engine in engines if not engine.startswith("faiss")]
         seconds = {engine: model.seconds(engine, rows, width, batch, min(k, self._findable)) for engine in engines}
         if "bfloat16" in seconds and self._half is not None:
             others = min(each for engine, each in seconds.items() if engine != "bfloat16")
@@ -168,11 +167,9 @@ class AutoIndex(Index):
             if self._half.refused > _REFUSED:
                 self._plans.clear()
             return rows
-        if engine == "numpy":
-            if self._arrays is None:
-                keys, offset = self._visible()
-                self._arrays = keys.numpy(), offset.numpy()
-            found = nearest_to_one(queries.numpy(), *self._arrays, k)
+        if engine == "gemv":
+            self._single = self._single or SingleKeys(*self._visible())
+            found = self._single.nearest(queries, k)
             return self._by_torch(queries, k) if found is None else found
         if engine.startswith("faiss"):
             return self._by_faiss(queries, k)
@@ -181,7 +178,7 @@ class AutoIndex(Index):
     def _changed(self, rows: Tensor | None) -> None:
         before = self._findable
         super()._changed(rows)
-        self._arrays = None
+        self._single = None
         if rows is None or before != self._findable:
             self._plans.clear()
         if self._half is None:
@@ -193,7 +190,7 @@ class AutoIndex(Index):
 
     def _grown(self) -> None:
         self._plans.clear()
-        self._arrays = None
+        self._single = None
         if self._half is not None:
             self._half.grow(self._keys, self._offset)
 

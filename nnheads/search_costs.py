@@ -21,19 +21,19 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from nnheads._exact import HalfKeys, nearest_to_one, products_nearest
+from nnheads._exact import HalfKeys, SingleKeys, products_nearest
 from nnheads._faiss import faiss_available, faiss_gpu_available, faiss_nearest, load_faiss
 from nnheads.devices import multiplies_bfloat16
 from nnheads.storage import cache_root, replace_text
 
-ENGINES: Final = ("numpy", "torch", "torch-groups", "bfloat16", "faiss-pairs", "faiss-products")
+ENGINES: Final = ("gemv", "torch", "torch-groups", "bfloat16", "faiss-pairs", "faiss-products")
 FAISS_PRODUCTS: Final = 128_000  # numbers in a batch from which FAISS 1.15 multiplies matrices
 _WORTH_SECONDS: Final = 7.0  # about what measuring takes
 _NEAR_BYTES: Final = 2**24  # of keys; what is beyond comes from memory, more slowly, in each search
 
 # Of an Intel Xeon with AMX, one thread: seconds for each of `_terms`.
 _DEFAULT: Final[dict[str, list[float]]] = {
-    "numpy": [0.0, 0.0, 1.8e-10, 0.0, 0.0, 3.5e-9, 5.38e-12],
+    "gemv": [0.0, 0.0, 1.8e-10, 0.0, 0.0, 3.5e-9, 5.38e-12],
     "torch": [5.31e-5, 0.0, 3.3e-10, 1.26e-11, 2.9e-9, 1.35e-7, 5.87e-12],
     "torch-groups": [2.6e-4, 0.0, 2.03e-10, 1.37e-11, 1.87e-9, 1.58e-7, 4.08e-11],
     "bfloat16": [1.23e-3, 3.12e-6, 2.82e-10, 7.62e-13, 8.95e-10, 5.93e-10, 1.5e-10],
@@ -73,7 +73,7 @@ class Plan:
     """What a search is done with.
 
     Attributes:
-        engine: ``numpy`` (one query), ``torch``, ``torch-groups`` (a top-k in two stages), ``bfloat16`` (proved in
+        engine: ``torch``, ``torch-groups`` (a top-k in two stages), ``gemv`` (one query, BLAS), ``bfloat16`` (proved in
             float32), ``faiss-pairs`` (few numbers in the batch) or ``faiss-products``.
         seconds: predicted for every engine that can do it; empty where there is one alone.
         reason: why, in a few words.
@@ -99,7 +99,7 @@ class Plan:
 
 def engines_for(device: torch.device, batch: int, width: int) -> list[str]:
     """Engines that can search float32 keys on a device with a batch of so many queries of so many numbers."""
-    found = ["numpy"] if batch == 1 and device.type == "cpu" else ["torch", "torch-groups"]
+    found = ["gemv"] if batch == 1 and device.type == "cpu" else ["torch", "torch-groups"]
     if multiplies_bfloat16(device):
         found.append("bfloat16")
     if device.type == "cpu" and faiss_available():
@@ -153,7 +153,7 @@ def _terms(engine: str, rows: int, width: int, batch: int, k: int) -> tuple[floa
     read, multiplied, selected = float(rows * width), float(batch * rows * width), float(batch * rows)
     half = engine == "bfloat16"
     last = float(batch * (k + max(16, k // 2)) * width) if half else float(batch * k)
-    if engine == "numpy":
+    if engine == "gemv":
         last = float(rows) if k > 1 else 0.0  # a partition looks at all of them
     far = max(0.0, (2 if half else 4) * read - _NEAR_BYTES)
     return 1.0, float(batch), read, multiplied, selected, last, far
@@ -201,9 +201,9 @@ def _search(
 ) -> Callable[[], object]:
     if engine == "bfloat16" and half is not None:
         return lambda: half.nearest(queries, k)
-    if engine == "numpy":
-        arrays = queries.numpy(), keys.numpy(), offset.numpy()
-        return lambda: nearest_to_one(*arrays, k)
+    if engine == "gemv":
+        single = SingleKeys(keys, offset)
+        return lambda: single.nearest(queries, k)
     if engine.startswith("faiss"):
         return lambda: faiss_nearest(queries, keys, offset, k, "l2")
     return lambda: products_nearest(queries, keys, offset, k, two_stages=engine == "torch-groups")

@@ -213,11 +213,10 @@ def test_one_query_finds_what_a_sort_finds(k: int, hidden: int) -> None:
     offset = keys.square().sum(1)
     away = torch.randperm(1000, generator=generator)[:hidden]
     keys[away], offset[away] = torch.nan, torch.inf
-    rows = _exact.nearest_to_one(query.numpy(), keys.numpy(), offset.numpy(), k)
+    rows = _exact.SingleKeys(keys, offset).nearest(query, k)
     assert rows is not None
     assert rows.shape == (1, k)
     assert len(set(rows[0].tolist())) == k
     distances = (keys - query).square().sum(1).nan_to_num(torch.inf)
     torch.testing.assert_close(distances[rows[0]], distances.sort().values[:k])
-    wrong = torch.full((1, 3), torch.nan)
-    assert _exact.nearest_to_one(wrong.numpy(), keys.numpy(), offset.numpy(), k) is None
+    assert _exact.SingleKeys(keys, offset).nearest(torch.full((1, 3), torch.nan), k) is None

@@ -297,14 +297,14 @@ def test_without_faiss(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
     faiss_available.cache_clear()
 
 
-@pytest.mark.parametrize("planned", ["numpy", "torch", "torch-groups", "bfloat16", "faiss-pairs", "faiss-products"])
+@pytest.mark.parametrize("planned", ["gemv", "torch", "torch-groups", "bfloat16", "faiss-pairs", "faiss-products"])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_auto_does_what_its_plan_says(planned: str, metric: Metric, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"torch": 1.0, "torch-groups": 1.0, planned: 0.5}
     monkeypatch.setattr(AutoIndex, "explain_plan", lambda *_: Plan(planned, seconds, "told so"))
     monkeypatch.setattr(index_module, "spend", lambda *_: False)
     generator = torch.Generator().manual_seed(3)
-    count = 1 if planned == "numpy" else 30
+    count = 1 if planned == "gemv" else 30
     keys, queries = torch.randn(700, 12, generator=generator), torch.randn(count, 12, generator=generator)
     active = torch.ones(700, dtype=torch.bool)
     active[::3] = False
@@ -323,7 +323,7 @@ def test_auto_does_what_its_plan_says(planned: str, metric: Metric, monkeypatch:
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_single_queries_find_the_same_again_and_after_changes(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan("numpy", {"numpy": 0.5, "torch": 1.0}, "told so")
+    plan = Plan("gemv", {"gemv": 0.5, "torch": 1.0}, "told so")
     monkeypatch.setattr(AutoIndex, "explain_plan", lambda *_: plan)
     monkeypatch.setattr(index_module, "spend", lambda *_: False)
     generator = torch.Generator().manual_seed(3)
