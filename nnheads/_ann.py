@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, Final, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from nnheads.errors import ConfigError
 
 KINDS: Final = ("ivf", "hnsw", "pq")
 _TRAINING_ROWS: Final = 65_536
+_FARTHEST: Final = 1e38  # what FAISS gives for no distance is more
 _LISTS_FROM: Final = 10_000  # rows from which codes are kept in lists
 
 
@@ -33,6 +35,8 @@ class Candidates:
         count, width = keys.shape
         self.kind = kind
         self.count = 0
+        self.width = width
+        self._pointer = faiss.swig_ptr
         step = max(1, count // _TRAINING_ROWS)
         sample = keys[::step].contiguous()
         lists = max(1, min(round(2 * math.sqrt(count)), len(sample) // 16))
@@ -72,14 +76,26 @@ class Candidates:
 
     def search(self, queries: Tensor, count: int, effort: int) -> Tensor:
         """(B, count) slots, likely the nearest; -1 where fewer were found."""
-        faiss = load_faiss()
+        self._aim(effort, count)
+        with _wrapped(load_faiss()):
+            _, slots = self._index.search(queries.numpy(), count)
+        return torch.from_numpy(slots)
+
+    def nearest(self, query: Tensor, count: int, effort: int) -> Tensor | None:
+        """(1, count) slots for a query (1, d), with less around it; None where fewer were found, or infinitely far."""
+        self._aim(effort, count)
+        given = np.ascontiguousarray(query.numpy())
+        distances, slots = np.empty((1, count), np.float32), np.empty((1, count), np.int64)
+        pointer = self._pointer
+        with _wrapped(load_faiss()):
+            self._index.search_c(1, pointer(given), count, pointer(distances), pointer(slots))
+        return torch.from_numpy(slots) if slots[0, -1] >= 0 and distances[0, -1] < _FARTHEST else None
+
+    def _aim(self, effort: int, count: int) -> None:
         if self.kind == "hnsw":
             self._index.hnsw.efSearch = max(effort, count)
         elif hasattr(self._index, "nprobe"):
             self._index.nprobe = effort
-        with _wrapped(faiss):
-            _, slots = self._index.search(queries.numpy(), count)
-        return torch.from_numpy(slots)
 
 
 def _parts(width: int) -> int:

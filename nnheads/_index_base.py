@@ -238,6 +238,12 @@ def _sum_is_finite(values: Tensor) -> bool:
     return math.isfinite(float(values.sum()))
 
 
+def is_single(queries: Tensor, width: int) -> bool:
+    """Whether it is one query that needs no preparing: float32, on the CPU, without a gradient."""
+    one = queries.shape == (1, width) and queries.dtype == torch.float32
+    return one and queries.is_cpu and not queries.requires_grad
+
+
 def unit_rows(vectors: Tensor) -> Tensor:
     """Rows scaled to unit length."""
     return torch.nn.functional.normalize(vectors, dim=1)  # a vector of zeros stays one: cosine 0, as scikit-learn

@@ -13,7 +13,7 @@ from torch import Tensor
 from nnheads._ann import KINDS, Candidates
 from nnheads._exact import l1_nearest, products_at, products_nearest
 from nnheads._faiss import faiss_available
-from nnheads._index_base import Index, Metric
+from nnheads._index_base import Index, Metric, is_single
 from nnheads.errors import ConfigError, unknown_name
 
 _FEW: Final = 5_000  # rows below which exact search is as fast
@@ -66,6 +66,15 @@ class ApproximateIndex(Index):
         self._waiting = torch.empty(0, dtype=torch.int64)
         self._dead = 0
         self._whole = False  # whether slots are rows: no hidden ones between them, and none has changed
+
+    def search(self, queries: Tensor, k: int) -> Tensor:
+        """As :meth:`Index.search`."""
+        ann = self._ann
+        if ann is None or not self._whole or self.kind == "pq" or self.metric != "l2" or not 0 < k <= ann.count:
+            return super().search(queries, k)
+        # Nothing has changed: a single query of a graph takes as long as the checks would.
+        rows = ann.nearest(queries, k, (self.effort or self._chosen)[0]) if is_single(queries, ann.width) else None
+        return super().search(queries, k) if rows is None else rows
 
     def _nearest(self, queries: Tensor, k: int) -> Tensor:
         if not self._able():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nnheads._exact import HalfKeys, SingleKeys
 from nnheads._faiss import faiss_available, load_faiss
-from nnheads._index_base import METRICS, Index, Metric, unit_rows
+from nnheads._index_base import METRICS, Index, Metric, is_single, unit_rows
 from nnheads.approximate import ApproximateIndex
 from nnheads.errors import ShapeError, unknown_name
 from nnheads.search_costs import Plan, cost_model, engines_for, spend
@@ -100,16 +100,9 @@ class AutoIndex(Index):
     def search(self, queries: Tensor, k: int) -> Tensor:
         """As :meth:`Index.search`."""
         single, plan = self._single, self._plans.get((1, k))
-        if (
-            single is None
-            or plan is None
-            or plan.engine != "gemv"
-            or self.metric != "l2"
-            or queries.shape != (1, single.width)
-            or queries.dtype != torch.float32
-            or not queries.is_cpu
-            or queries.requires_grad
-        ):
+        if single is None or plan is None or plan.engine != "gemv" or self.metric != "l2":
+            return super().search(queries, k)
+        if not is_single(queries, single.width):
             return super().search(queries, k)
         rows = single.nearest(queries, k)  # checks of its own would take as long
         if rows is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nnheads import approximate
 from nnheads.approximate import ApproximateIndex
-from nnheads.errors import ConfigError, UnknownNameError
+from nnheads.errors import ConfigError, ShapeError, UnknownNameError
 from nnheads.index import APPROXIMATE, build_index
 
 pytest.importorskip("faiss")
@@ -107,3 +107,25 @@ def test_rows_behind_hidden_ones_keep_their_numbers(kind: str) -> None:
     index.build(keys, active)
     assert torch.equal(index.search(keys[3000:3006], 1).flatten(), torch.arange(3000, 3006))
     assert active[index.search(keys[:200], 5)].all()
+
+
+@kinds
+def test_one_query_at_a_time_finds_what_all_at_once_do(kind: str) -> None:
+    keys, queries = clusters(6000, 0), clusters(40, 1)
+    index = build_index(kind)  # type: ignore[arg-type]
+    index.build(keys)
+    together = index.search(queries, 7)
+    alone = torch.cat([index.search(query, 7) for query in queries.split(1)])
+    assert (alone == together).double().mean() > 0.99  # ties
+    strided = torch.stack([queries[0], queries[0]], 1)[:, :1].T
+    assert torch.equal(index.search(strided, 7), alone[:1])
+    assert torch.equal(index.search(queries[:1].double().requires_grad_(), 7), alone[:1])
+    assert index.search(queries[:1], 6001)[0, -1] == -1
+    for wrong in (torch.nan, torch.inf):
+        with pytest.raises(ShapeError, match="NaN or infinity"):
+            index.search(torch.full((1, 16), wrong), 7)
+    with pytest.raises(ConfigError, match="at least 1"):
+        index.search(queries[:1], 0)
+    keys[5] = queries[0]
+    index.update(torch.tensor([5]))
+    assert index.search(queries[:1], 1).item() == 5

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nnheads.approximate import ApproximateIndex
+from nnheads.approximate import ApproximateIndex, Effort
 from nnheads.benchmarks.speed.embeddings import read_embeddings
 from nnheads.benchmarks.speed.harness import OURS, Report, Row, Settings, in_turn
 from nnheads.benchmarks.speed.search import SKLEARN, Peers
@@ -20,6 +20,7 @@ _SINGLE = 100  # of the queries, given one at a time
 AT_ONCE, ONE_BY_ONE = "all at once", "one at a time"
 EXACT = "the fastest exact search"
 _BAR = 10.0
+_MORE = 0.99  # recall, asked for to keep the class
 
 
 def rows(settings: Settings, report: Report) -> list[Row]:
@@ -42,20 +43,19 @@ def rows(settings: Settings, report: Report) -> list[Row]:
     for kind in APPROXIMATE:
         if not settings.wants(kind):
             continue
-        approximate = ApproximateIndex(kind=kind)  # type: ignore[arg-type]
-        started = time.perf_counter()
-        approximate.build(keys)
-        approximate.search(queries, _K)
-        built = time.perf_counter() - started
-        report(f"{kind}: built and tuned in {built:.1f} s")
-        for effort in [None, *approximate.efforts]:
+        built = {asked: _built(kind, asked, keys, queries, report) for asked in (0.95, _MORE)}
+        usual, seconds = built[0.95]
+        cases: list[tuple[ApproximateIndex, Effort | None, str]]
+        cases = [(each, None, f"chosen for recall {asked}") for asked, (each, _) in built.items()]
+        cases += [(usual, effort, f"effort {effort}") for effort in usual.efforts]
+        for approximate, effort, title in cases:
             approximate.effort = effort
             near = approximate.search(queries, _K)
             row: Row = {
-                "case": f"{kind}, {'chosen for recall 0.95' if effort is None else f'effort {effort}'}",
+                "case": f"{kind}, {title}",
                 "recall@32": recall(near, exact_rows),
                 "same_class": float((labels[near].mode(1).values == exact_classes).double().mean()),
-                "build_seconds": built,
+                "build_seconds": seconds,
                 "ms": {},
                 "times_faster": {},
             }
@@ -66,6 +66,7 @@ def rows(settings: Settings, report: Report) -> list[Row]:
             if effort is None:
                 kept_class = row["recall@32"] >= 0.95 and row["same_class"] >= 0.99
                 row["met"] = kept_class and row["times_faster"][AT_ONCE] >= _BAR
+                row["met_one_at_a_time"] = kept_class and row["times_faster"][ONE_BY_ONE] >= _BAR
             found.append(row)
             speed = ", ".join(f"{mode} {row['ms'][mode]:.3g} ms, {row['times_faster'][mode]:.1f} x" for mode in fastest)
             report(f"{row['case']}: recall {row['recall@32']:.4f}, same class {row['same_class']:.4f}; {speed}")
@@ -73,6 +74,16 @@ def rows(settings: Settings, report: Report) -> list[Row]:
         found.append(_best(found, mode))
         report(f"{found[-1]['case']}: {found[-1]['by']}, {found[-1]['times_faster']:.1f} x")
     return found
+
+
+def _built(kind: str, recall: float, keys: Tensor, queries: Tensor, report: Report) -> tuple[ApproximateIndex, float]:
+    started = time.perf_counter()
+    index = ApproximateIndex(kind=kind, recall=recall)  # type: ignore[arg-type]
+    index.build(keys)
+    index.search(queries, _K)
+    seconds = time.perf_counter() - started
+    report(f"{kind}: built and tuned for a recall of {recall} in {seconds:.1f} s")
+    return index, seconds
 
 
 def recall(found: Tensor, exact: Tensor) -> float:
