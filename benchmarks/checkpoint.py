@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
+from nnheads.benchmarks.config import changed_settings
 from nnheads.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -114,8 +115,7 @@ def load_checkpoint(path: Path, config: RunConfig) -> RunState:
 
 
 def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    wanted = json.loads(json.dumps(wanted))
-    different = [name for name in wanted if name not in _FREE and saved.get(name) != wanted[name]]
+    different = changed_settings(saved, json.loads(json.dumps(wanted)), _FREE)
     if different:
-        told = ", ".join(f"{name}={saved.get(name)!r} (now {wanted[name]!r})" for name in different)
+        told = ", ".join(different)
         raise CheckpointError(f"the run in {path} was started with {told}: resume with the same settings")

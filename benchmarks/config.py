@@ -166,5 +166,25 @@ class RunConfig:
         return fields
 
 
+def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any], free: frozenset[str] = frozenset()) -> list[str]:
+    """In which resolved settings, as JSON values, a run from before differs from one now, as ``name=then (now ...)``.
+
+    Options are told one by one. Those of the strategy that ``saved`` does not hold had their defaults: once only those
+    were written that the user had given.
+    """
+    told = []
+    for name, value in now.items():
+        then = saved.get(name)
+        if name in free or then == value:
+            continue
+        if not isinstance(value, Mapping) or not isinstance(then, Mapping):
+            told.append(f"{name}={then!r} (now {value!r})")
+            continue
+        for option in then if name == "strategy_options" else {**then, **value}:
+            if then.get(option) != value.get(option):
+                told.append(f"{option}={then.get(option)!r} (now {value.get(option)!r})")
+    return told
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -26,6 +26,7 @@ from nnheads.benchmarks.scripts import run_script
 from nnheads.benchmarks.speed.harness import Clock, own_clock
 from nnheads.data import BatchLoader, get_augmentation
 from nnheads.devices import autocast_for, prefers_channels_last, resolve_device
+from nnheads.errors import ConfigError
 from nnheads.headed import HeadedModel
 from nnheads.heads import MemoryHead
 
@@ -58,7 +59,8 @@ def measure(
     Returns:
         Seconds of a step, of a refresh and of an epoch for each head, and the ratios to the first head's.
     """
-    where, clock = resolve_device(device), own_clock()
+    where = resolve_device(device)
+    clock = own_clock(where)
     data = load_dataset("cifar10", data_dir)
     models = {name: _model(name, backbone, where) for name in heads}
     optimizers = {
@@ -189,6 +191,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if given.threads is not None:
+        if given.threads < 1:
+            raise ConfigError(f"--threads must be 1 or more, got {given.threads}")
         torch.set_num_threads(given.threads)
     found = measure(given.data_dir, device=given.device, rounds=given.rounds)
     print(json.dumps(found, indent=2))

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, final
 
-from nnheads.benchmarks.config import RunConfig
+from nnheads.benchmarks.config import RunConfig, changed_settings
 from nnheads.benchmarks.specs import stream_spec
 from nnheads.benchmarks.variants import Variant
 from nnheads.errors import CheckpointError, ConfigError
@@ -172,7 +172,7 @@ class StreamCell:
         """
         try:
             result = json.loads(self.results.read_text(encoding="utf-8"))
-            asked = dict(result["asked"])
+            asked, made = dict(result["asked"]), dict(result.get("config", {}))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -183,21 +183,21 @@ class StreamCell:
             if name not in _FREE and asked.get(name, usual[name]) != value:
                 made = asked.get(name, usual[name])
                 raise ConfigError(f"{self.results} was made with {name}={made!r}, not {value!r}: give another --out")
-        self._check_defaults(result.get("config", {}))
+        self._check_defaults(made)
         return dict(result)
 
     def _check_defaults(self, made: Mapping[str, Any]) -> None:
         """ConfigError where what was not asked for was something else when the results were made."""
-        resolved = self.config.resolve(stream_spec(self.config.stream), strategy_spec(self.config.strategy))
-        for name, value in _as_json(resolved).items():
-            then = made.get(name, value)
-            if name == "strategy_options":  # once only those were written that the user had given
-                value = {option: value.get(option) for option in then}
-            if name not in _FREE and then != value:
-                raise ConfigError(
-                    f"{self.results} was made when {name} were {then!r} by default, and now they are {value!r}: "
-                    "give another --out, or the options then as part of the name"
-                )
+        spec = stream_spec(self.config.stream)
+        now = _as_json(self.config.resolve(spec, strategy_spec(self.config.strategy)))
+        # which backbone images in a folder get depends on their size
+        free = _FREE | ({"backbone"} if spec.dataset.startswith("images:") else set())
+        changed = changed_settings({**now, **made}, now, free)  # what is newer than the results counts for nothing
+        if changed:
+            raise ConfigError(
+                f"{self.results} was made with other defaults, {', '.join(changed)}: "
+                "give another --out, or what they were as part of the strategy's name"
+            )
 
     def asked(self) -> dict[str, Any]:
         """Its settings as JSON has them."""

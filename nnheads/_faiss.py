@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 from types import ModuleType
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -92,6 +92,35 @@ def faiss_nearest(queries: Tensor, keys: Tensor, offset: Tensor, k: int, metric:
     except (AssertionError, RuntimeError, TypeError) as error:
         raise ConfigError(f"FAISS {faiss.__version__} failed ({_line(error)}): use engine='torch'") from error
     return rows
+
+
+@final
+class SinglePairs:
+    """Keys to compare single queries with, by FAISS on a CPU, and as few calls as there can be besides; for L2.
+
+    Args:
+        keys: (N, d) float32, contiguous, kept by reference; all of them may be found.
+    """
+
+    def __init__(self, keys: Tensor) -> None:
+        faiss = load_faiss()
+        self.width = keys.shape[1]
+        self._search, self._pointer = faiss.knn_L2sqr, faiss.swig_ptr
+        self._keys = keys.numpy()
+        self._place = self._pointer(self._keys)
+
+    def nearest(self, query: Tensor, k: int) -> Tensor | None:
+        """(1, k) rows, nearest first, for a query (1, d); None where they are not all at a finite distance, or FAISS
+        failed: `faiss_nearest` says how."""
+        given = np.ascontiguousarray(query.numpy())
+        distances, rows = np.empty((1, k), np.float32), np.empty((1, k), np.int64)
+        pointer = self._pointer
+        sizes = self.width, 1, len(self._keys), k
+        try:
+            self._search(pointer(given), self._place, *sizes, pointer(distances), pointer(rows))
+        except (AssertionError, RuntimeError, TypeError):
+            return None
+        return torch.from_numpy(rows) if rows[0, -1] >= 0 else None
 
 
 def _gpu_nearest(queries: Tensor, keys: Tensor, k: int, metric: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnheads._exact import HalfKeys, SingleKeys
-from nnheads._faiss import faiss_available, load_faiss
+from nnheads._faiss import SinglePairs, faiss_available, load_faiss
 from nnheads._index_base import METRICS, Index, Metric, is_single, unit_rows
 from nnheads.approximate import ApproximateIndex
 from nnheads.errors import ShapeError, unknown_name
@@ -85,9 +85,9 @@ class AutoIndex(Index):
     The engines are a matrix product with top-k, the same with a top-k in two stages, BLAS's matrix-vector product for
     one query, FAISS, and, where the device multiplies bfloat16 faster, a bfloat16 search with a float32 ranking of a
     few more candidates, where each query's answer is proved or else searched anew: results are those of float32. Their
-    cost is predicted by
-    `nnheads.search_costs`. The bfloat16 copy takes half the bytes of the keys; it is made once searches have lost as
-    much time without it as making it costs. L1 distances and float64 keys have one engine each.
+    cost is predicted by `nnheads.search_costs`; how many threads BLAS takes is for the environment to say. The bfloat16
+    copy takes half the bytes of the keys; it is made once searches have lost as much time without it as making it
+    costs. L1 distances and float64 keys have one engine each.
     """
 
     def __init__(self, metric: Metric = "l2") -> None:
@@ -95,19 +95,19 @@ class AutoIndex(Index):
         self._half: HalfKeys | None = None
         self._missed = 0.0  # seconds that a bfloat16 copy would have saved
         self._plans: dict[tuple[int, int], Plan] = {}
-        self._single: SingleKeys | None = None
+        self._single: dict[str, SingleKeys | SinglePairs] = {}  # by engine, made when first planned
 
     def search(self, queries: Tensor, k: int) -> Tensor:
         """As :meth:`Index.search`."""
-        single, plan = self._single, self._plans.get((1, k))
-        if single is None or plan is None or plan.engine != "gemv" or self.metric != "l2":
+        # One query among few keys takes as long as a dozen calls of torch: the rows found tell what is wrong with it.
+        plan = self._plans.get((1, k))
+        single = self._single.get(plan.engine) if plan is not None else None
+        if plan is None or single is None or not is_single(queries, single.width):
             return super().search(queries, k)
-        if not is_single(queries, single.width):
-            return super().search(queries, k)
-        rows = single.nearest(queries, k)  # checks of its own would take as long
+        rows = single.nearest(queries, k)
         if rows is None:
-            return super().search(queries, k)  # says what is wrong with the query, or finds an engine that can
-        if spend(plan.seconds["gemv"], queries.device):
+            return super().search(queries, k)
+        if spend(plan.seconds[plan.engine], queries.device):
             self._plans.clear()
         return rows
 
@@ -127,11 +127,13 @@ class AutoIndex(Index):
         model = cost_model(device)
         strided = not keys.is_contiguous()  # BLAS and FAISS would copy them, FAISS those that are not hidden too
         found = engines_for(device, 2 if strided and batch == 1 else batch, width)
-        engines = [engine for engine in found if engine in model.weights]
+        engines = [engine for engine in found if model.knows(engine, batch)]
         if hidden or strided:
             engines = [engine for engine in engines if not engine.startswith("faiss")]
         seconds = {engine: model.seconds(engine, rows, width, batch, min(k, self._findable)) for engine in engines}
-        if "bfloat16" in seconds and self._half is not None:
+        if not seconds:
+            return Plan("torch", {}, f"the {model.source} cost model knows no other that can")
+        if self._half is not None and seconds.keys() > {"bfloat16"}:
             others = min(each for engine, each in seconds.items() if engine != "bfloat16")
             seconds["bfloat16"] += self._half.refused * others
         return Plan(min(seconds, key=seconds.__getitem__), seconds, f"the least by the {model.source} cost model")
@@ -141,6 +143,8 @@ class AutoIndex(Index):
         plan = self.explain_plan(batch, k)
         if plan.engine == "bfloat16" and self._half is None:
             self._half = HalfKeys(self._keys, self._offset, self.metric == "cosine")
+        if batch == 1:
+            self._make_single(plan.engine)
         return plan
 
     def _nearest(self, queries: Tensor, k: int) -> Tensor:
@@ -160,18 +164,27 @@ class AutoIndex(Index):
             if self._half.refused > _REFUSED:
                 self._plans.clear()
             return rows
+        if call[0] == 1:
+            self._make_single(engine)
         if engine == "gemv":
-            self._single = self._single or SingleKeys(*self._visible())
-            found = self._single.nearest(queries, k)
+            found = SingleKeys(*self._visible()).nearest(queries, k)
             return self._by_torch(queries, k) if found is None else found
         if engine.startswith("faiss"):
             return self._by_faiss(queries, k)
         return self._by_torch(queries, k, two_stages=engine == "torch-groups")
 
+    def _make_single(self, engine: str) -> None:
+        if self.metric != "l2" or engine in self._single:
+            return
+        if engine == "gemv":
+            self._single[engine] = SingleKeys(*self._visible())
+        elif engine == "faiss-pairs" and self._findable == self._extent:  # it cannot leave hidden rows out
+            self._single[engine] = SinglePairs(self._visible()[0])
+
     def _changed(self, rows: Tensor | None) -> None:
         before = self._findable
         super()._changed(rows)
-        self._single = None
+        self._single.clear()
         if rows is None or before != self._findable:
             self._plans.clear()
         if self._half is None:
@@ -183,7 +196,7 @@ class AutoIndex(Index):
 
     def _grown(self) -> None:
         self._plans.clear()
-        self._single = None
+        self._single.clear()
         if self._half is not None:
             self._half.grow(self._keys, self._offset)
 

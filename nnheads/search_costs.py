@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -22,14 +23,13 @@ import torch
 from torch import Tensor
 
 from nnheads._exact import HalfKeys, SingleKeys, products_nearest
-from nnheads._faiss import faiss_available, faiss_gpu_available, faiss_nearest, load_faiss
+from nnheads._faiss import SinglePairs, faiss_available, faiss_gpu_available, faiss_nearest, load_faiss
 from nnheads.devices import multiplies_bfloat16
 from nnheads.storage import cache_root, replace_text
 
-ENGINES: Final = ("gemv", "torch", "torch-groups", "bfloat16", "faiss-pairs", "faiss-products")
 FAISS_PRODUCTS: Final = 128_000  # numbers in a batch from which FAISS 1.15 multiplies matrices
 _WORTH_SECONDS: Final = 7.0  # about what measuring takes
-_NEAR_BYTES: Final = 2**24  # of keys; what is beyond comes from memory, more slowly, in each search
+_NEAR_BYTES: Final = 2**25  # of keys; where there are more, all of them come from memory in each search
 
 # Of an Intel Xeon with AMX, one thread: seconds for each of `_terms`.
 _DEFAULT: Final[dict[str, list[float]]] = {
@@ -61,6 +61,10 @@ class CostModel:
     weights: dict[str, list[float]]
     source: str
 
+    def knows(self, engine: str, batch: int) -> bool:
+        """Whether it can tell."""
+        return _row(engine, batch) in self.weights
+
     def seconds(self, engine: str, rows: int, width: int, batch: int, k: int) -> float:
         """Predicted for one search."""
         weights = self.weights[_row(engine, batch)]
@@ -75,7 +79,7 @@ class Plan:
     Attributes:
         engine: ``torch``, ``torch-groups`` (a top-k in two stages), ``gemv`` (one query, BLAS), ``bfloat16`` (proved in
             float32), ``faiss-pairs`` (few numbers in the batch) or ``faiss-products``.
-        seconds: predicted for every engine that can do it; empty where there is one alone.
+        seconds: predicted for every engine that can do it; empty where nothing was to choose.
         reason: why, in a few words.
     """
 
@@ -85,8 +89,9 @@ class Plan:
 
     @property
     def advantage(self) -> float:
-        """Seconds by which the engine is faster than the next."""
-        return self.seconds[self.without(self.engine)] - self.seconds[self.engine]
+        """Seconds by which the engine is faster than the next; infinite where there is none."""
+        others = [seconds for engine, seconds in self.seconds.items() if engine != self.engine]
+        return min(others, default=math.inf) - self.seconds[self.engine]
 
     def without(self, engine: str) -> str:
         """The fastest of the others."""
@@ -155,7 +160,7 @@ def _terms(engine: str, rows: int, width: int, batch: int, k: int) -> tuple[floa
     last = float(batch * (k + max(16, k // 2)) * width) if half else float(batch * k)
     if engine == "gemv":
         last = float(rows) if k > 1 else 0.0  # a partition looks at all of them
-    far = max(0.0, (2 if half else 4) * read - _NEAR_BYTES)
+    far = read if (2 if half else 4) * read > _NEAR_BYTES else 0.0
     return 1.0, float(batch), read, multiplied, selected, last, far
 
 
@@ -204,6 +209,9 @@ def _search(
     if engine == "gemv":
         single = SingleKeys(keys, offset)
         return lambda: single.nearest(queries, k)
+    if engine == "faiss-pairs" and len(queries) == 1:
+        pairs = SinglePairs(keys)
+        return lambda: pairs.nearest(queries, k)
     if engine.startswith("faiss"):
         return lambda: faiss_nearest(queries, keys, offset, k, "l2")
     return lambda: products_nearest(queries, keys, offset, k, two_stages=engine == "torch-groups")
@@ -225,7 +233,8 @@ def _best_of(search: Callable[[], object], device: torch.device, times: int = 4)
 def _key(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     faiss = load_faiss().__version__ if faiss_available() else "none"
-    return f"{name}; {torch.get_num_threads()} threads; torch {torch.__version__}; faiss {faiss}; 3"
+    blas = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or "own"  # of single queries
+    return f"{name}; {torch.get_num_threads()} threads, BLAS {blas}; torch {torch.__version__}; faiss {faiss}; 3"
 
 
 def _processor() -> str:

@@ -75,7 +75,6 @@ def test_peers_that_compute_the_same_find_the_same(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     [row] = json.loads(out.read_text())["rows"]
-    assert len(set(row["evaluations"].values())) == 1
     ours, theirs = row["loss"].values()
     assert ours == pytest.approx(theirs, rel=1e-6)  # one formula, one optimizer, one start
     done = CliRunner().invoke(app, ["bench", "classes", "--quick", "--rounds", "1", "--out", str(out)])

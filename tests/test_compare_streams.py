@@ -220,11 +220,36 @@ def test_results_made_with_other_defaults_are_not_taken_for_these(asked: list[Ru
     content["config"]["strategy_options"] = {"fine_tune": 0}  # as once: those given alone
     file.write_text(json.dumps(content))
     compare_streams(comparison, tmp_path, resume=True)
-    for name, old in (("strategy_options", {"redistribute": "influence"}), ("head_options", {"k": 7}), ("ema", 0.5)):
+    for name, old, told in (
+        ("strategy_options", {"redistribute": "influence"}, r"redistribute='influence' \(now 'none'\)"),
+        ("head_options", {**content["config"]["head_options"], "k": 7}, r"k=7 \(now None\)"),
+        ("ema", 0.5, r"ema=0.5 \(now 0.99\)"),
+    ):
         changed = {**content, "config": {**content["config"], name: old}}
         file.write_text(json.dumps(changed))
-        with pytest.raises(ConfigError, match=rf"impostor-m50-s0\.json was made when {name} were .* by default"):
+        with pytest.raises(ConfigError, match=rf"impostor-m50-s0\.json was made with other defaults, {told}: give"):
             compare_streams(comparison, tmp_path, resume=True)
+    file.write_text(json.dumps({**content, "config": None}))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        compare_streams(comparison, tmp_path, resume=True)
+
+
+def test_the_backbone_of_images_in_a_folder_is_chosen_by_their_size(asked: list[RunConfig], tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "images" / name / "1.png")
+    base = replace(BASE, stream=f"images:{tmp_path / 'images'}")
+    comparison = replace(plan("replay", memory=(50,)), base=base)
+    compare_streams(comparison, tmp_path / "out")
+    file = tmp_path / "out" / "replay-m50-s0.json"
+    content = json.loads(file.read_text())
+    spec = stream_spec(base.stream)
+    resolved = comparison.config(comparison.variants[0], 50, 0).resolve(spec, strategy_spec("replay"))
+    content["config"] = json.loads(json.dumps({**resolved.to_dict(), "backbone": "convnet"}))
+    file.write_text(json.dumps(content))
+    assert compare_streams(comparison, tmp_path / "out", resume=True)["finished"] == 1
 
 
 def test_means_spreads_and_ratios_by_hand(asked: list[RunConfig], tmp_path: Path) -> None:

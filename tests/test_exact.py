@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nnheads import _exact, search_costs
 from nnheads._exact import HalfKeys, group_size, products_nearest
-from nnheads.index import AutoIndex, build_index
-from nnheads.search_costs import CostModel, cost_model, engines_for
+from nnheads.index import ENGINES, AutoIndex, build_index
+from nnheads.search_costs import CostModel, Plan, cost_model, engines_for
 
 CPU = torch.device("cpu")
 
@@ -220,3 +220,57 @@ def test_one_query_finds_what_a_sort_finds(k: int, hidden: int) -> None:
     distances = (keys - query).square().sum(1).nan_to_num(torch.inf)
     torch.testing.assert_close(distances[rows[0]], distances.sort().values[:k])
     assert _exact.SingleKeys(keys, offset).nearest(torch.full((1, 3), torch.nan), k) is None
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 16, 64])
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_hidden_rows_may_hold_anything(metric: str, batch: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, queries = torch.randn(9000, 64, generator=generator), torch.randn(batch, 64, generator=generator)
+    hidden = torch.randperm(9000, generator=generator)[:900]
+    active = torch.ones(9000, dtype=torch.bool)
+    active[hidden] = False
+    plain = build_index("torch", metric)  # type: ignore[arg-type]
+    plain.build(keys.clone(), active)
+    expected = plain.search(queries, 3)
+    keys[hidden[:300]], keys[hidden[300:600]] = torch.nan, torch.inf
+    for name in ENGINES:
+        index = build_index(name, metric)  # type: ignore[arg-type]
+        index.build(keys, active)
+        for _ in range(2):
+            assert torch.equal(index.search(queries, 3), expected), name
+    for planned in ("torch", "torch-groups", "bfloat16") if batch > 1 else ("gemv", "bfloat16"):
+        auto = AutoIndex(metric)  # type: ignore[arg-type]
+        auto.build(keys, active)
+        auto._plans[batch, 3] = Plan(planned, {planned: 1.0}, "told so")
+        auto._half = HalfKeys(auto._keys, auto._offset, metric == "cosine") if planned == "bfloat16" else None
+        assert torch.equal(auto.search(queries, 3), expected), planned
+
+
+def test_a_row_hidden_while_another_comes_is_not_found_by_single_queries() -> None:
+    keys = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    active = torch.arange(300) < 299
+    index = AutoIndex()
+    index.build(keys, active)
+    index._plans[1, 1] = Plan("faiss-pairs", {"faiss-pairs": 1.0}, "told so")
+    for _ in range(2):
+        assert index.search(keys[5:6], 1).item() == 5
+    active[5], active[299] = False, True
+    index.update(torch.tensor([5, 299]))
+    index._plans[1, 1] = Plan("faiss-pairs", {"faiss-pairs": 1.0}, "told so")
+    for _ in range(3):
+        assert index.search(keys[5:6], 1).item() != 5
+        assert index.search(keys[299:], 1).item() == 299
+
+
+def test_a_cost_model_that_does_not_know_an_engine_leaves_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = AutoIndex()
+    index.build(torch.randn(200, 8))
+    monkeypatch.setattr(
+        search_costs, "_models", {search_costs._key(CPU): CostModel({"bfloat16": [1.0] * 7}, "measured")}
+    )
+    assert index.explain_plan(1, 3).engine == "torch"
+    assert index.search(torch.randn(1, 8), 3).shape == (1, 3)
+    model = CostModel({"gemv": [1e-6] * 7}, "measured")
+    monkeypatch.setattr(search_costs, "_models", {search_costs._key(CPU): model})
+    assert index.explain_plan(1, 3).advantage == float("inf")

@@ -128,10 +128,10 @@ def in_turn(
     return Timings(seconds)
 
 
-def own_clock() -> Clock:
+def own_clock(device: torch.device | None = None) -> Clock:
     """Processor time where one thread of a CPU does all the work, so that what else runs on the core does not count;
-    wall time elsewhere."""
-    alone = resolve_device().type == "cpu" and torch.get_num_threads() == 1
+    wall time elsewhere. ``device`` does it, by default the one that is taken by default."""
+    alone = (device or resolve_device()).type == "cpu" and torch.get_num_threads() == 1
     return time.process_time if alone else time.perf_counter
 
 
