@@ -1,4 +1,4 @@
-"""Exact nearest rows by matrix products: plain, with a top-k in two stages, and in bfloat16 with a proof a query.
+"""Exact nearest rows by matrix products: plain, with a top-k in two stages, of one query, in bfloat16 with a proof.
 
 In bfloat16 a product is off by at most ``|q^||c - c^| + |q - q^||c|`` (Cauchy-Schwarz, q^ and c^ being the rounded
 vectors). That bound is taken off the distance inside the product, as two more columns: what is searched are lower
