@@ -180,12 +180,16 @@ class Index(ABC):
     def _by_faiss(self, queries: Tensor, k: int) -> Tensor:
         # FAISS's own way to leave rows out, a selector, gives up its matrix products; on a GPU it has none.
         if self._findable == self._extent:
-            return faiss_nearest(queries, *self._visible(), k, self.metric)
-        if self._packed is None:
-            rows = torch.isfinite(self._offset).nonzero().flatten()
-            self._packed = rows, self._keys[rows], self._offset[rows]
-        rows, keys, offset = self._packed
-        return rows[faiss_nearest(queries, keys, offset, k, self.metric)]
+            rows = faiss_nearest(queries, *self._visible(), k, self.metric)
+        else:
+            if self._packed is None:
+                active = torch.isfinite(self._offset).nonzero().flatten()
+                self._packed = active, self._keys[active], self._offset[active]
+            active, keys, offset = self._packed
+            rows = faiss_nearest(queries, keys, offset, k, self.metric)
+            rows = torch.where(rows < 0, -1, active[rows])
+        # FAISS finds no row where the square of the distance is more than float32 holds.
+        return self._by_torch(queries, k) if rows.is_cpu and rows.numpy().min() < 0 else rows
 
     def _visible(self) -> tuple[Tensor, Tensor]:
         """Keys and offsets up to the last row that may be found."""

@@ -25,6 +25,7 @@ from nnheads.index import (
     ENGINES,
     METRICS,
     AutoIndex,
+    Engine,
     Index,
     Metric,
     Plan,
@@ -355,3 +356,20 @@ def test_single_queries_find_the_same_again_and_after_changes(k: int, monkeypatc
         index.search(query[:, :5], k)
     with pytest.raises(ConfigError, match="at least 1"):
         index.search(query, 0)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 64])
+@engines
+def test_queries_so_far_that_squares_overflow_find_rows(engine: Engine, batch: int) -> None:
+    keys = torch.randn(9000, 16, generator=torch.Generator().manual_seed(0))
+    queries = 1e25 * torch.randn(batch, 16, generator=torch.Generator().manual_seed(1))
+    active = torch.ones(9000, dtype=torch.bool)
+    expected = -(queries.double() @ keys.double().T)
+    for hidden in (None, 7):
+        if hidden is not None:
+            active[hidden], expected[:, hidden] = False, torch.inf
+        index = build_index(engine)
+        index.build(keys, active)
+        for _ in range(2):
+            found = index.search(queries, 3)
+            assert torch.equal(found, expected.topk(3, largest=False).indices)
