@@ -70,7 +70,8 @@ class LargeIndex:
             raise ShapeError(f"training {self.lists} lists needs as many keys, got {len(sample)}")
         self._index.train(sample[: _POINTS_A_LIST * self.lists].contiguous().numpy())
         if multiplies_bfloat16(torch.device("cpu")):
-            centers = torch.from_numpy(self._quantizer.reconstruct_n(0, self.lists))
+            # an array, or a tensor where faiss.contrib.torch_utils was imported
+            centers = torch.as_tensor(self._quantizer.reconstruct_n(0, self.lists))
             self._half = centers.bfloat16(), centers.square().sum(1) / 2
         self.seconds += time.perf_counter() - started
 

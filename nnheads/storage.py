@@ -6,15 +6,18 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from nnheads.errors import CheckpointError
+
+_SETTLE_SECONDS: Final = 0.3
 
 
 @contextmanager
@@ -56,8 +59,12 @@ def recover(path: Path) -> None:
     """Brings back the old folder where a process was killed after moving it aside and before replacing it."""
     target = Path(os.path.realpath(path))
     aside = _aside(target)
-    if not target.exists() and aside.exists():
-        aside.rename(target)
+    if target.exists() or not aside.exists():
+        return
+    time.sleep(_SETTLE_SECONDS)  # another process may be between its two renames, which takes it microseconds
+    if not target.exists():
+        with suppress(FileNotFoundError):  # brought back by another
+            aside.rename(target)
 
 
 @contextmanager
@@ -67,14 +74,17 @@ def editing(path: Path) -> Iterator[None]:
     The lock is on the folder that is there: it ends with the process, and leaves nothing behind.
     """
     target = os.path.realpath(path)
-    recover(Path(target))
-    if os.name != "posix" or not os.path.isdir(target):
-        yield
-        return
-    import fcntl
-
     while True:
-        handle = os.open(target, os.O_RDONLY)
+        recover(Path(target))
+        if os.name != "posix" or not os.path.isdir(target):
+            yield
+            return
+        import fcntl
+
+        try:
+            handle = os.open(target, os.O_RDONLY)
+        except FileNotFoundError:  # being replaced
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             if _is_at(handle, target):  # else whoever had the lock has replaced the folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,22 @@ def test_mistakes_are_named() -> None:
         index.add(torch.zeros(3, 31))
     with pytest.raises(ShapeError, match="40 lists"):
         index.train(torch.zeros(20, 32))
+
+
+def test_searches_work_where_faiss_was_made_to_take_tensors() -> None:
+    code = (
+        "import torch, faiss, faiss.contrib.torch_utils\n"
+        "from nnheads import large\n"
+        "from nnheads.index import APPROXIMATE, build_index\n"
+        "large.multiplies_bfloat16 = lambda device: True\n"
+        "large._ROWS_A_LIST = 500\n"
+        "x = torch.randn(6000, 32, generator=torch.Generator().manual_seed(0))\n"
+        "large.LargeIndex(32, 6000, bytes_per_row=8).train(x)\n"
+        "for engine in ('auto', 'faiss', *APPROXIMATE):\n"
+        "    index = build_index(engine)\n"
+        "    index.build(x)\n"
+        "    for count in (1, 1, 40):\n"
+        "        assert (index.search(x[:count], 1)[:, 0] == torch.arange(count)).all(), engine\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
