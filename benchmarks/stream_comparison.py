@@ -172,7 +172,7 @@ class StreamCell:
         """
         try:
             result = json.loads(self.results.read_text(encoding="utf-8"))
-            asked, made = dict(result["asked"]), dict(result.get("config", {}))
+            asked, resolved = dict(result["asked"]), dict(result.get("config", {}))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -183,7 +183,7 @@ class StreamCell:
             if name not in _FREE and asked.get(name, usual[name]) != value:
                 made = asked.get(name, usual[name])
                 raise ConfigError(f"{self.results} was made with {name}={made!r}, not {value!r}: give another --out")
-        self._check_defaults(made)
+        self._check_defaults(resolved)
         return dict(result)
 
     def _check_defaults(self, made: Mapping[str, Any]) -> None:

@@ -167,7 +167,8 @@ class AutoIndex(Index):
         if call[0] == 1:
             self._make_single(engine)
         if engine == "gemv":
-            found = SingleKeys(*self._visible()).nearest(queries, k)
+            single = self._single.get(engine) or SingleKeys(*self._visible())
+            found = single.nearest(queries, k)
             return self._by_torch(queries, k) if found is None else found
         if engine.startswith("faiss"):
             return self._by_faiss(queries, k)

@@ -58,24 +58,22 @@ def _maps(settings: Settings, report: Report) -> list[Row]:
         case = f"linear map of {title}, {len(x):,} x {x.shape[1]} to {width}"
         if not settings.wants(case):
             continue
-        results: dict[str, NDArray[Any]] = {}
-
-        def learn(
-            name: str,
-            x: NDArray[Any] = x,
-            y: NDArray[Any] = y,
-            width: int = width,
-            results: dict[str, NDArray[Any]] = results,
-        ) -> None:
-            results[name] = (_learn_map if name == OURS else _sklearn_map)(x, y, width)
-
-        timings = in_turn({name: partial(learn, name) for name in (OURS, SKLEARN)}, settings.rounds, patient=True)
+        learned: dict[str, NDArray[Any]] = {}
+        calls = {
+            name: partial(_keep, learned, name, partial(learn, x, y, width))
+            for name, learn in ((OURS, _learn_map), (SKLEARN, _sklearn_map))
+        }
+        timings = in_turn(calls, settings.rounds, patient=True)
         row = timings.row(case)
-        row["loss"] = {name: _map_loss(torch.from_numpy(found), x, y).item() for name, found in results.items()}
+        row["loss"] = {name: _map_loss(torch.from_numpy(transform), x, y).item() for name, transform in learned.items()}
         row["met"] = row["ratio"] <= 1.0
         found.append(row)
         report(f"{case}: {row['ms'][OURS]:.0f} ms, {SKLEARN} {row['ms'][SKLEARN]:.0f} ms, ratio {row['ratio']:.3f}")
     return found
+
+
+def _keep(learned: dict[str, NDArray[Any]], name: str, learn: Callable[[], NDArray[Any]]) -> None:
+    learned[name] = learn()
 
 
 def _samples(settings: Settings) -> list[tuple[str, NDArray[Any], NDArray[Any], int]]:
