@@ -43,8 +43,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 def resolve_precision(device: torch.device, precision: Precision = "auto") -> torch.dtype:
     """The dtype in which a backbone's matrix products run: float32 or bfloat16.
 
-    ``"auto"`` is bfloat16 where the hardware multiplies it faster: CUDA devices from Ampere on, and CPUs with AMX,
-    where it more than halves the time of a convolutional step. Parameters, heads and memories stay as they are.
+    ``"auto"`` is bfloat16 where the hardware multiplies it faster: CUDA devices from Ampere on, and CPUs with AMX or
+    AVX512-BF16, where it halves the time of a convolutional step. Parameters, heads and memories stay as they are.
 
     Raises:
         ConfigError: ``precision`` is something else.
@@ -52,7 +52,7 @@ def resolve_precision(device: torch.device, precision: Precision = "auto") -> to
     if precision not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"unknown precision {precision!r}: give auto, float32 or bfloat16")
     if precision == "auto":
-        fast = (device.type == "cpu" and _has_amx()) or (
+        fast = (device.type == "cpu" and cpu_bfloat16() != "no bfloat16") or (
             device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         )
         return torch.bfloat16 if fast else torch.float32
@@ -68,16 +68,26 @@ def autocast_for(device: torch.device, precision: Precision = "auto") -> Abstrac
 
 
 def prefers_channels_last(device: torch.device, precision: Precision = "auto") -> bool:
-    """Whether convolutions are faster in channels-last memory format: in bfloat16, whose gain depends on it."""
-    return device.type in ("cpu", "cuda") and resolve_precision(device, precision) == torch.bfloat16
+    """Whether convolutions are faster in channels-last memory format.
+
+    On a GPU in bfloat16, whose gain depends on it. On a CPU with oneDNN always: it saves reordering the maps for every
+    convolution (measured on an AMD EPYC with AVX512-BF16, one thread, training steps of four small networks: 0.63 to
+    0.99 of the time in float32, 0.80 to 0.94 in bfloat16).
+    """
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available()
+    return device.type == "cuda" and resolve_precision(device, precision) == torch.bfloat16
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether matrices are multiplied faster in bfloat16 than in float32: CPUs with AMX, CUDA from Ampere on."""
+    """Whether matrices are multiplied faster in bfloat16 than in float32, see `resolve_precision`."""
     return resolve_precision(device) == torch.bfloat16
 
 
 @cache
-def _has_amx() -> bool:
-    # Without AMX, bfloat16 convolutions on a CPU are slower than float32 ones. Torch has no public name for this.
-    return torch.cpu._is_amx_tile_supported()
+def cpu_bfloat16() -> Literal["AMX", "AVX512_BF16", "no bfloat16"]:
+    """What this processor multiplies bfloat16 with."""
+    # With neither, bfloat16 convolutions on a CPU are slower than float32 ones. Torch has no public name for this.
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX512_BF16" if torch.cpu._is_avx512_bf16_supported() else "no bfloat16"

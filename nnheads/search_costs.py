@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nnheads._exact import HalfKeys, SingleKeys, products_nearest
 from nnheads._faiss import SinglePairs, faiss_available, faiss_gpu_available, faiss_nearest, load_faiss
-from nnheads.devices import multiplies_bfloat16
+from nnheads.devices import cpu_bfloat16, multiplies_bfloat16
 from nnheads.storage import cache_root, replace_text
 
 FAISS_PRODUCTS: Final = 128_000  # numbers in a batch from which FAISS 1.15 multiplies matrices
@@ -238,8 +238,8 @@ def _key(device: torch.device) -> str:
 
 
 def _processor() -> str:
-    kind = "AMX" if multiplies_bfloat16(torch.device("cpu")) else "no bfloat16"
-    return f"{platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()} {kind}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} {platform.processor()} {capability} {cpu_bfloat16()}"
 
 
 def _file() -> Path | None:

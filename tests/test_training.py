@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from nnheads.attach import attach_head
 from nnheads.averaging import WeightAverage
 from nnheads.data import BatchLoader, ImageSet, Preprocessing, with_ids
-from nnheads.devices import autocast_for, resolve_device, resolve_precision
+from nnheads.devices import autocast_for, cpu_bfloat16, multiplies_bfloat16, resolve_device, resolve_precision
 from nnheads.errors import ConfigError, DataError, ShapeError
 from nnheads.headed import HeadedModel
 from nnheads.heads import ImpostorHead, MemoryHead, list_heads
@@ -491,6 +491,20 @@ def test_devices_and_precision() -> None:
         assert (a @ a).dtype == torch.bfloat16
     with autocast_for(cpu, "float32"):
         assert (a @ a).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("amx", "avx512"), [(True, True), (False, True), (False, False)])
+def test_the_precision_of_a_processor(amx: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512)
+    cpu_bfloat16.cache_clear()
+    try:
+        multiplies = amx or avx512
+        assert resolve_precision(torch.device("cpu")) == (torch.bfloat16 if multiplies else torch.float32)
+        assert resolve_precision(torch.device("cpu"), "float32") == torch.float32
+        assert multiplies_bfloat16(torch.device("cpu")) is multiplies
+    finally:
+        cpu_bfloat16.cache_clear()
 
 
 def test_mixed_precision_trains_and_leaves_float32_weights_in_plain_order() -> None:
