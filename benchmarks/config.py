@@ -47,9 +47,9 @@ class RunConfig:
             out: so few samples say little of a covariance, and its map would take the place of many.
         ema: decay of averaged weights that take the place of the trained ones after each experience; for strategies of
             our own. None: what the strategy proposes, 0.99 for ``impostor``; 0: none.
-        exemplar_bytes: bytes an exemplar's image is compressed to, lossy WebP; for strategies of our own. ``memory`` is
-            then the bytes of so many uncompressed images, and centers count too. None: for ``impostor`` what the stream
-            proposes; 0: images as they are.
+        exemplar_bytes: bytes an exemplar's image is compressed to, lossy WebP; new images are seen so too.
+            ``memory`` is then the bytes of so many uncompressed images; centers, and what DER keeps with each exemplar,
+            count too. None: for ``impostor`` what the stream proposes; 0: images as they are.
         strategy_options: further options of the strategy, as JSON values; strategy ``impostor``, see
             `nnheads.strategies.impostor_options.ImpostorOptions`.
         future: evaluate experiences to come and the untrained model as well, for forward transfer.
@@ -117,9 +117,12 @@ class RunConfig:
         head = strategy.resolve_head(self.head)
         if not strategy.ours and self.head_options:
             raise ConfigError(f"strategy {strategy.name!r} takes no head options, got {', '.join(self.head_options)}")
-        for name in ("ema", "exemplar_bytes"):
-            if getattr(self, name) is not None and not strategy.ours:
-                raise ConfigError(f"strategy {strategy.name!r} does not know {name}: take --strategy replay")
+        if self.ema is not None and not strategy.ours:
+            raise ConfigError(f"strategy {strategy.name!r} does not know ema: take --strategy replay")
+        if self.exemplar_bytes is not None and not strategy.uses_memory:
+            raise ConfigError(
+                f"strategy {strategy.name!r} keeps no exemplars, so that exemplar_bytes means nothing to it"
+            )
         own = strategy.option_defaults()
         for name in self.strategy_options:
             if not own:

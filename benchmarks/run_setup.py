@@ -43,6 +43,9 @@ def load_stream(
             f"memory of {resolved.memory} exemplars is smaller than the {stream.num_classes} classes of "
             f"{config.stream}: give at least one exemplar a class"
         )
+    if resolved.exemplar_bytes and not spec.ours:  # ours compress what they are given themselves
+        tell("compressing images", 0, 0)
+        stream = stream.compressed(resolved.exemplar_bytes)
     return stream, resolved
 
 

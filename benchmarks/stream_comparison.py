@@ -32,8 +32,8 @@ class StreamComparison:
         memory: exemplars that may be kept; None for the stream's own number. Once only for a strategy that keeps none
             and for a variant with a memory of its own.
         seeds: of a run.
-        base: everything else; strategy, memory and seed in it count for nothing. Its ``ema`` and ``strategy_options``
-            are for those strategies that know them.
+        base: everything else; strategy, memory and seed in it count for nothing. Its ``ema``,
+            ``exemplar_bytes`` and ``strategy_options`` are for those strategies that know them.
         rates: learning rates to choose from, for variants without a rate of their own: each is tried with the first
             memory and the first seed on a share ``base.validation`` of the training images, and the one with the best
             accuracy there is taken for all runs, which are then tested on the test images. Empty for no such choice.
@@ -69,13 +69,10 @@ class StreamComparison:
                 raise ConfigError(f"strategy {name!r} is given twice")
         stream = stream_spec(self.base.stream)
         specs = [strategy_spec(variant.strategy) for variant in self.variants]
-        if not any(spec.ours for spec in specs):
-            if self.base.ema is not None:
-                raise ConfigError("--ema averages weights of our own strategies, and none of them is among those given")
-            if self.base.exemplar_bytes is not None:
-                raise ConfigError(
-                    "--exemplar-bytes compresses exemplars of our own strategies, and none of them is among those given"
-                )
+        if self.base.ema is not None and not any(spec.ours for spec in specs):
+            raise ConfigError("--ema averages weights of our own strategies, and none of them is among those given")
+        if self.base.exemplar_bytes is not None and not any(spec.uses_memory for spec in specs):
+            raise ConfigError("--exemplar-bytes compresses exemplars, and none of the strategies given keeps any")
         for name in self.base.strategy_options:
             if not any(name in spec.option_names() for spec in specs):
                 raise ConfigError(f"--strategy-option {name}: none of the strategies given has that option")
@@ -101,7 +98,7 @@ class StreamComparison:
             memory=memory,
             seed=seed,
             ema=self.base.ema if spec.ours else None,
-            exemplar_bytes=self.base.exemplar_bytes if spec.ours else None,
+            exemplar_bytes=self.base.exemplar_bytes if spec.uses_memory else None,
             head_options=self.base.head_options if spec.ours else {},
             strategy_options={name: value for name, value in self.base.strategy_options.items() if name in known},
         )

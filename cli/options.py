@@ -68,7 +68,7 @@ ExemplarBytes = Annotated[
         "--exemplar-bytes",
         min=0,
         metavar="N",
-        help="Store exemplars as WebP of N bytes, as 384 for 32x32; 0: as they are (our strategies).",
+        help="Store exemplars as WebP of N bytes, as 384 for 32x32, more in the same memory; 0: as they are.",
     ),
 ]
 ReplayBatch = Annotated[

@@ -4,6 +4,9 @@ They get the same backbone from the same seed, the same optimizer, batches, exem
 what only they know is set to the values named here. A dense classifier has an output for every class of the stream from
 the start, and classes not seen yet are not masked at test, as in Avalanche; a classifier by class means or LDA answers
 among the classes seen. They compute in float32 as Avalanche does, and in bfloat16 where that is asked for by name.
+
+Where exemplars are to be compressed, the benchmark's training images come as they are after that, new ones too, as our
+own strategies see them. Avalanche keeps exemplars as places in the data set: what they would take is counted, not held.
 """
 
 from __future__ import annotations
@@ -42,23 +45,24 @@ def naive(setup: Setup) -> Learner:
 
 def replay(setup: Setup) -> Learner:
     """Avalanche's Replay: `ReplayPlugin` as its strategy of that name has it, with the batch sizes given."""
-    plugin = ReplayPlugin(setup.memory, batch_size=setup.batch_size, batch_size_mem=_replay_batch(setup))
+    plugin = ReplayPlugin(_exemplars(setup), batch_size=setup.batch_size, batch_size_mem=_replay_batch(setup))
     return AvalancheLearner(setup, Naive(**_common(setup, plugin)), lambda: Kept(len(plugin.storage_policy.buffer)))
 
 
 def er_ace(setup: Setup) -> Learner:
     """ER-ACE."""
-    strategy = ER_ACE(mem_size=setup.memory, batch_size_mem=_replay_batch(setup), **_common(setup))
+    strategy = ER_ACE(mem_size=_exemplars(setup), batch_size_mem=_replay_batch(setup), **_common(setup))
     return AvalancheLearner(setup, strategy, lambda: Kept(len(strategy.storage_policy.buffer)))
 
 
 def der(setup: Setup) -> Learner:
     """DER++ with Avalanche's alpha of 0.1 and beta of 0.5; a logit vector is kept with each exemplar."""
-    strategy = DER(mem_size=setup.memory, batch_size_mem=_replay_batch(setup), **_common(setup))
+    logits = 4 * setup.num_classes
+    strategy = DER(mem_size=_exemplars(setup, logits), batch_size_mem=_replay_batch(setup), **_common(setup))
 
     def kept() -> Kept:
         held = len(strategy.storage_policy.buffer)
-        return Kept(held, (("logits", held * setup.num_classes * 4),))
+        return Kept(held, (("logits", held * logits),))
 
     return AvalancheLearner(setup, strategy, kept)
 
@@ -68,6 +72,7 @@ def icarl(setup: Setup) -> Learner:
     sizes = [int(n) for n in setup.benchmark.n_classes_per_exp]
     if sum(sizes) > setup.num_classes:
         raise ConfigError("strategy 'icarl' needs experiences with classes of their own: take a split- stream")
+    memory = _exemplars(setup)
     features = _features(setup)
     settings = _common(setup, model=features)
     classifier = nn.Linear(features.headed.in_features, setup.num_classes)
@@ -76,7 +81,7 @@ def icarl(setup: Setup) -> Learner:
     strategy = ICaRL(
         feature_extractor=features,
         classifier=classifier,
-        memory_size=setup.memory,
+        memory_size=memory,
         buffer_transform=_augmentation(setup),
         fixed_memory=True,
         **settings,
@@ -91,7 +96,7 @@ def icarl(setup: Setup) -> Learner:
     def within_budget(experience: int) -> None:
         # It rounds each class's share up, which would exceed the budget: here the shares come out whole.
         seen = sum(sizes[: experience + 1])
-        plugin.memory_size = setup.memory // seen * seen
+        plugin.memory_size = memory // seen * seen
 
     def kept() -> Kept:
         return Kept(sum(len(x) for x in plugin.x_memory), (("distillation_teacher", teacher),))
@@ -101,7 +106,7 @@ def icarl(setup: Setup) -> Learner:
 
 def gdumb(setup: Setup) -> Learner:
     """GDumb: the passes of an experience go over the exemplars."""
-    plugin = GDumbPlugin(setup.memory)
+    plugin = GDumbPlugin(_exemplars(setup))
     initial = module_bytes(setup.backbone)
     return AvalancheLearner(
         setup,
@@ -119,7 +124,7 @@ def scr(setup: Setup) -> Learner:
     del settings["criterion"]
     strategy = SCR(
         augmentations=_augmentation(setup),
-        mem_size=setup.memory,
+        mem_size=_exemplars(setup),
         batch_size_mem=_replay_batch(setup),
         **settings,
     )
@@ -164,7 +169,7 @@ def ewc(setup: Setup) -> Learner:
 
 def gem(setup: Setup) -> Learner:
     """GEM; the budget is shared out evenly over the experiences of the stream."""
-    plugin = GEM(max(1, setup.memory // len(setup.benchmark.train_stream)), GEM_STRENGTH)
+    plugin = GEM(max(1, _exemplars(setup) // len(setup.benchmark.train_stream)), GEM_STRENGTH)
     return AvalancheLearner(
         setup,
         Naive(**_common(setup, plugin)),
@@ -238,6 +243,18 @@ def _replay_batch(setup: Setup) -> int:
     if setup.replay_batch < 1:
         raise ConfigError("replay_batch must be 1 or more for a strategy that replays; take --strategy naive for none")
     return setup.replay_batch
+
+
+def _exemplars(setup: Setup, beside: int = 0) -> int:
+    """How many may be kept; compressed, as many as fit the bytes of so many images that are not.
+
+    Args:
+        setup: the settings.
+        beside: bytes kept with each exemplar.
+    """
+    if setup.exemplar_bytes is None:
+        return setup.memory
+    return setup.memory * setup.image_bytes // (setup.exemplar_bytes + beside)
 
 
 def _augmentation(setup: Setup) -> Callable[[Tensor], Tensor]:

@@ -151,7 +151,7 @@ class AvalancheLearner(Learner):
 
     def memory_parts(self) -> dict[str, int]:
         kept = self.kept()
-        return {"exemplars": kept.exemplars * self.setup.image_bytes, **dict(kept.parts)}
+        return {"exemplars": kept.exemplars * self.setup.stored_bytes, **dict(kept.parts)}
 
     def headed_model(self) -> HeadedModel | None:
         if self.own_scores is not None:

@@ -69,9 +69,14 @@ class Setup:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of one image as uint8, which is what an exemplar costs."""
+        """Bytes of one image as uint8."""
         height, width = self.preprocessing.size
         return self.preprocessing.channels * height * width
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the image of an exemplar, as it is stored."""
+        return self.exemplar_bytes or self.image_bytes
 
 
 class Learner(ABC):

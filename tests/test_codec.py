@@ -12,6 +12,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 from nnheads.benchmarks.config import RunConfig
+from nnheads.benchmarks.run_setup import load_stream
 from nnheads.benchmarks.runner import run
 from nnheads.benchmarks.specs import stream_spec
 from nnheads.data import ImageSet
@@ -99,16 +100,48 @@ def test_a_buffer_of_compressed_images_counts_their_bytes_and_gives_them_back(cr
     assert torch.equal(again.exemplars().images, held.images)
 
 
-def test_a_run_with_compressed_exemplars_stays_within_the_bytes_of_its_memory(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A stream of four classes of crops, two experiences."""
+    images = tmp_path_factory.mktemp("images")
     for name in ("flower", "china"):
         picture = torch.from_numpy(load_sample_image(f"{name}.jpg").copy()).permute(2, 0, 1)
         crops = picture.unfold(1, 32, 32).unfold(2, 32, 32).permute(1, 2, 0, 3, 4)
         for side in range(2):
-            folder = tmp_path / "images" / f"{name}{side}"
+            folder = images / f"{name}{side}"
             folder.mkdir(parents=True)
             for i, crop in enumerate(crops[6 * side : 6 * side + 6, :10].reshape(-1, *SHAPE)):
                 Image.fromarray(crop.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
-    config = RunConfig(stream=f"images:{tmp_path / 'images'}", strategy="impostor", backbone="convnet", batch_size=16)
+    return RunConfig(stream=f"images:{images}", strategy="impostor", backbone="convnet", batch_size=16)
+
+
+@pytest.mark.parametrize("strategy", ["avalanche-replay", "er-ace", "der", "scr", "icarl", "gdumb", "gem"])
+def test_avalanches_strategies_keep_more_exemplars_in_the_same_bytes_too(photographs: RunConfig, strategy: str) -> None:
+    config = replace(photographs, strategy=strategy, memory=8)
+    raw, small = run(config), run(replace(config, exemplar_bytes=384))
+    budget = 8 * 3072
+    assert raw["exemplars"] == 8
+    assert raw["memory_parts"]["exemplars"] == budget
+    assert 6 * 8 < small["exemplars"] <= 8 * 8
+    assert small["memory_parts"]["exemplars"] == 384 * small["exemplars"]
+    kept = small["memory_parts"]["exemplars"] + small["memory_parts"].get("logits", 0)
+    assert 0.8 * budget < kept <= budget
+
+
+def test_a_strategy_that_is_not_ours_sees_images_as_they_would_be_stored(photographs: RunConfig) -> None:
+    spec = strategy_spec("avalanche-replay")
+    config = replace(photographs, strategy=spec.name)
+    raw, _ = load_stream(config, spec, lambda *_: None)
+    small, _ = load_stream(replace(config, exemplar_bytes=384), spec, lambda *_: None)
+    codec = WebPCodec(SHAPE, 384)
+    assert torch.equal(small.train.images, codec.decode(codec.encode(raw.train.images)))
+    assert torch.equal(small.test.images, raw.test.images)
+
+
+def test_a_run_with_compressed_exemplars_stays_within_the_bytes_of_its_memory(
+    photographs: RunConfig, tmp_path: Path
+) -> None:
+    config = photographs
     kept = {}
     for exemplar_bytes in (0, 384):
         found = run(replace(config, memory=20, exemplar_bytes=exemplar_bytes), tmp_path / str(exemplar_bytes))

@@ -116,6 +116,7 @@ def test_mistakes_in_a_variant(text: str, message: str) -> None:
         (StreamComparison((), base=BASE), "at least one strategy"),
         (plan("replay", "replay+ema=0.9", "replay"), "'replay' is given twice"),
         (replace(plan("naive"), base=replace(BASE, ema=0.9)), "--ema averages weights of our own strategies"),
+        (replace(plan("naive"), base=replace(BASE, exemplar_bytes=384)), "none of the strategies given keeps any"),
         (replace(plan("replay"), base=replace(BASE, strategy_options={"n_a": 1})), "none of the strategies given has"),
         (plan("replay", rates=(0.1, 0.3)), "give --validation"),
         (plan("naive", "replay", memory=(200, 9)), "memory of 9 exemplars is smaller than the 10 classes"),
