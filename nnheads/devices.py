@@ -75,7 +75,7 @@ def prefers_channels_last(device: torch.device, precision: Precision = "auto") -
     0.99 of the time in float32, 0.80 to 0.94 in bfloat16).
     """
     if device.type == "cpu":
-        return torch.backends.mkldnn.is_available()
+        return bool(torch.backends.mkldnn.is_available())
     return device.type == "cuda" and resolve_precision(device, precision) == torch.bfloat16
 
 
