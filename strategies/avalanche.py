@@ -16,6 +16,7 @@ from typing import Any, Final, final
 
 import torch
 from avalanche.models import SCRModel
+from avalanche.training.losses import ICaRLLossPlugin
 from avalanche.training.plugins import EWCPlugin, GDumbPlugin, ReplayPlugin, SynapticIntelligencePlugin
 from avalanche.training.supervised import DER, ER_ACE, SCR, Cumulative, ICaRL, JointTraining, Naive, StreamingLDA
 from torch import Tensor, nn
@@ -24,9 +25,11 @@ from torchvision.transforms import v2
 from nnheads.attach import attach_head
 from nnheads.errors import ConfigError
 from nnheads.strategies.avalanche_learner import AvalancheLearner, Features, Kept, Lowered
+from nnheads.strategies.avalanche_options import DEROptions, GDumbOptions
 from nnheads.strategies.averaged import module_bytes
 from nnheads.strategies.learner import Learner, Setup
 from nnheads.strategies.plugins import GEM, StepReport, silent_evaluator
+from nnheads.strategies.views import ContrastiveViews
 
 EWC_LAMBDA: Final = 1.0
 SI_LAMBDA: Final = 1.0
@@ -56,9 +59,16 @@ def er_ace(setup: Setup) -> Learner:
 
 
 def der(setup: Setup) -> Learner:
-    """DER++ with Avalanche's alpha of 0.1 and beta of 0.5; a logit vector is kept with each exemplar."""
+    """DER++; a logit vector is kept with each exemplar."""
+    options = DEROptions(**setup.strategy_options)
     logits = 4 * setup.num_classes
-    strategy = DER(mem_size=_exemplars(setup, logits), batch_size_mem=_replay_batch(setup), **_common(setup))
+    strategy = DER(
+        mem_size=_exemplars(setup, logits),
+        batch_size_mem=_replay_batch(setup),
+        alpha=options.alpha,
+        beta=options.beta,
+        **_common(setup),
+    )
 
     def kept() -> Kept:
         held = len(strategy.storage_policy.buffer)
@@ -68,7 +78,12 @@ def der(setup: Setup) -> Learner:
 
 
 def icarl(setup: Setup) -> Learner:
-    """ICaRL; its exemplars decide by the nearest class mean."""
+    """ICaRL; its exemplars decide by the nearest class mean.
+
+    Its loss is a mean over the outputs of all classes, where cross-entropy is one number a sample: the learning rate is
+    multiplied by the number of classes, so that it means what it means to the others. The authors' 2 for 100 classes is
+    0.02 here.
+    """
     sizes = [int(n) for n in setup.benchmark.n_classes_per_exp]
     if sum(sizes) > setup.num_classes:
         raise ConfigError("strategy 'icarl' needs experiences with classes of their own: take a split- stream")
@@ -77,12 +92,14 @@ def icarl(setup: Setup) -> Learner:
     settings = _common(setup, model=features)
     classifier = nn.Linear(features.headed.in_features, setup.num_classes)
     settings["optimizer"].add_param_group({"params": list(classifier.parameters())})
+    for group in settings["optimizer"].param_groups:
+        group["lr"] *= setup.num_classes
     del settings["model"], settings["criterion"]
     strategy = ICaRL(
         feature_extractor=features,
         classifier=classifier,
         memory_size=memory,
-        buffer_transform=_augmentation(setup),
+        buffer_transform=_crop_flip(setup),
         fixed_memory=True,
         **settings,
     )
@@ -91,39 +108,49 @@ def icarl(setup: Setup) -> Learner:
     plugin.class_means = {
         label: torch.zeros(features.headed.in_features, device=setup.device) for label in range(setup.num_classes)
     }
-    teacher = module_bytes(features) + module_bytes(classifier)
+    [distillation] = [p for p in strategy.plugins if isinstance(p, ICaRLLossPlugin)]
 
-    def within_budget(experience: int) -> None:
+    def before(experience: int) -> None:
+        # Avalanche leaves the network that teaches in training mode: its answers would depend on the batch, most of
+        # which are new classes. The module around it decides by its mode what answers, and stays as it is.
+        if distillation.old_model is not None:
+            distillation.old_model.feature_extractor.eval()
         # It rounds each class's share up, which would exceed the budget: here the shares come out whole.
         seen = sum(sizes[: experience + 1])
         plugin.memory_size = memory // seen * seen
 
-    def kept() -> Kept:
-        return Kept(sum(len(x) for x in plugin.x_memory), (("distillation_teacher", teacher),))
+    def kept() -> Kept:  # the teacher is the network itself between experiences
+        return Kept(sum(len(x) for x in plugin.x_memory))
 
-    return AvalancheLearner(setup, strategy, kept, own_scores=lambda x: strategy.model(x), before=within_budget)
+    return AvalancheLearner(setup, strategy, kept, own_scores=lambda x: strategy.model(x), before=before)
 
 
 def gdumb(setup: Setup) -> Learner:
-    """GDumb: the passes of an experience go over the exemplars."""
-    plugin = GDumbPlugin(_exemplars(setup))
-    initial = module_bytes(setup.backbone)
-    return AvalancheLearner(
-        setup,
-        Naive(**_common(setup, plugin)),
-        lambda: Kept(len(plugin.storage_policy.buffer), (("initial_weights", initial),)),
-    )
+    """GDumb: the passes of an experience go over the exemplars, and begin with the first weights."""
+    options = GDumbOptions(**setup.strategy_options)
+    memory = _exemplars(setup)
+    plugin = GDumbPlugin(memory)
+    strategy = Naive(**_common(setup, plugin))
+    last = len(setup.benchmark.train_stream) - 1
+
+    def before(experience: int) -> None:
+        if experience == last and options.last_samples is not None:
+            strategy.train_epochs = max(1, round(options.last_samples / memory))
+
+    # the first weights are those of a seed
+    return AvalancheLearner(setup, strategy, lambda: Kept(len(plugin.storage_policy.buffer)), before=before)
 
 
 def scr(setup: Setup) -> Learner:
-    """Supervised contrastive replay, without the review trick; its exemplars decide by the nearest class mean."""
+    """Supervised contrastive replay, without the review trick, with its authors' views beside the stream's own
+    augmentation; its exemplars decide by the nearest class mean."""
     features = _features(setup)
     width = features.headed.in_features
     projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, SCR_PROJECTION))
     settings = _common(setup, model=SCRModel(feature_extractor=features, projection=_Unit(projection)))
     del settings["criterion"]
     strategy = SCR(
-        augmentations=_augmentation(setup),
+        augmentations=ContrastiveViews(setup.preprocessing, flip=setup.augment == "crop-flip"),
         mem_size=_exemplars(setup),
         batch_size_mem=_replay_batch(setup),
         **settings,
@@ -132,7 +159,12 @@ def scr(setup: Setup) -> Learner:
     def kept() -> Kept:
         return Kept(len(strategy.replay_plugin.storage_policy.buffer), (("projection", module_bytes(projection)),))
 
-    return AvalancheLearner(setup, strategy, kept, own_scores=lambda x: strategy.model(x))
+    def before(experience: int) -> None:
+        # Means are to be those of the exemplars as the network sees them now. Avalanche would average them with the
+        # means that networks before it saw.
+        strategy.model.eval_classifier.class_means_dict.clear()
+
+    return AvalancheLearner(setup, strategy, kept, own_scores=lambda x: strategy.model(x), before=before)
 
 
 def slda(setup: Setup) -> Learner:
@@ -257,12 +289,14 @@ def _exemplars(setup: Setup, beside: int = 0) -> int:
     return setup.memory * setup.image_bytes // (setup.exemplar_bytes + beside)
 
 
-def _augmentation(setup: Setup) -> Callable[[Tensor], Tensor]:
-    """The stream's augmentation for images that are normalised already."""
+def _crop_flip(setup: Setup) -> Callable[[Tensor], Tensor]:
+    """The stream's augmentation for an image that is normalised already."""
     steps: list[Callable[[Tensor], Tensor]] = [v2.Identity()]
     height, width = setup.preprocessing.size
     if setup.augment != "none":
-        steps.append(v2.RandomCrop([height, width], padding=max(1, height // 8)))
+        # black, as around new images, which are cropped before: a border of another colour would tell the two apart
+        black = [-mean / std for mean, std in zip(setup.preprocessing.mean, setup.preprocessing.std, strict=True)]
+        steps.append(v2.RandomCrop([height, width], padding=max(1, height // 8), fill=black))
     if setup.augment == "crop-flip":
         steps.append(v2.RandomHorizontalFlip())
     composed: Callable[[Tensor], Tensor] = v2.Compose(steps)

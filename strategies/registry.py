@@ -96,9 +96,17 @@ class StrategySpec:
 
 
 def _avalanche(
-    name: str, function: str, description: str, classifier: str = "dense", uses_memory: bool = True
+    name: str,
+    function: str,
+    description: str,
+    classifier: str = "dense",
+    uses_memory: bool = True,
+    options: str = "",
 ) -> StrategySpec:
-    return StrategySpec(name, f"{_AVALANCHE}:{function}", description, classifier, uses_memory=uses_memory)
+    options = options and f"{_AVALANCHE}_options:{options}"
+    return StrategySpec(
+        name, f"{_AVALANCHE}:{function}", description, classifier, uses_memory=uses_memory, options=options
+    )
 
 
 STRATEGIES: dict[str, StrategySpec] = {
@@ -124,9 +132,11 @@ STRATEGIES: dict[str, StrategySpec] = {
         _avalanche("naive", "naive", "plain fine-tuning on each experience (lower bound)", uses_memory=False),
         _avalanche("avalanche-replay", "replay", "Avalanche's Replay, the same exemplar budget"),
         _avalanche("er-ace", "er_ace", "ER-ACE, asymmetric cross-entropy (Caccia et al. 2022)"),
-        _avalanche("der", "der", "DER++, dark experience replay (Buzzega et al. 2020)"),
+        _avalanche("der", "der", "DER++, dark experience replay (Buzzega et al. 2020)", options="DEROptions"),
         _avalanche("icarl", "icarl", "iCaRL, herding and distillation (Rebuffi et al. 2017)", "nearest-class-mean"),
-        _avalanche("gdumb", "gdumb", "GDumb, from scratch on the exemplars alone (Prabhu et al. 2020)"),
+        _avalanche(
+            "gdumb", "gdumb", "GDumb, from scratch on the exemplars alone (Prabhu et al. 2020)", options="GDumbOptions"
+        ),
         _avalanche("scr", "scr", "supervised contrastive replay (Mai et al. 2021)", "nearest-class-mean"),
         _avalanche("slda", "slda", "streaming LDA on a frozen backbone (Hayes et al. 2020)", "lda", False),
         _avalanche("ewc", "ewc", "elastic weight consolidation (Kirkpatrick et al. 2017)", uses_memory=False),
