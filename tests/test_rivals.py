@@ -68,7 +68,8 @@ def test_the_network_that_teaches_icarl_answers_for_each_image_by_itself() -> No
 def test_the_rate_of_icarl_is_of_a_sum_over_the_classes() -> None:
     made = learner("icarl", learning_rate=0.03)
     made.learn(0)
-    optimizer = strategy_of(made).optimizer
+    strategy = strategy_of(made)
+    optimizer = strategy.optimizer
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.3, 0.3])
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(
         list(strategy_of(made).model.parameters())
