@@ -72,7 +72,7 @@ def compare_streams(
 
     Returns:
         The summary, as `summarize_streams` makes it, of all runs that are finished, and ``learning_rates`` by row as
-        they were chosen among ``rates``.
+        they were chosen among its ``rates``.
 
     Raises:
         ConfigError: see `StreamComparison.check` and `stream_cells`; or ``out`` holds results and ``resume`` is False,
@@ -85,20 +85,15 @@ def compare_streams(
         raise ConfigError(f"--out {out} is a file: give a folder")
     if not resume and out.is_dir() and (any(out.glob("*.json")) or (out / VALIDATION).exists()):
         raise ConfigError(f"{out} holds results already: give another --out, or --resume to finish what is there")
-    rates, chosen = plan.rates, {}
-    if rates:
-        folder = out / VALIDATION
-        trials = plan.trials()
-        wanted = stream_cells(trials, folder)
-        _make(trials, wanted, progress, finished, wait=True)
-        found = summarize_streams(trials, wanted)
-        write_json(folder / "summary.json", found)
-        chosen = _best_rates(plan, found)
+    tried: dict[str, tuple[float, ...]] = {}
+    chosen: dict[str, float] = {}
+    if plan.rates:
+        tried, chosen = _pick_rates(plan, out / VALIDATION, progress, finished)
         plan = plan.with_rates(chosen)
     wanted = stream_cells(plan, out, only)
     _make(plan, wanted, progress, finished)
     summary = summarize_streams(plan, stream_cells(plan, out))
-    summary |= {"learning_rates": chosen, "rates": list(rates)}
+    summary |= {"learning_rates": chosen, "rates": {name: list(rates) for name, rates in tried.items()}}
     write_json(out / "summary.json", summary)
     return summary
 
@@ -195,15 +190,29 @@ def _shared(plan: StreamComparison) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in ("strategy", "head", "memory", "seed")}
 
 
-def _best_rates(plan: StreamComparison, found: dict[str, Any]) -> dict[str, float]:
-    """By variant, the rate with the best accuracy on held-out images; the lower one of two that are as good."""
-    accuracy = {row["name"]: row["accuracy"]["mean"] for row in found["rows"]}
-    chosen = {}
-    for variant in plan.variants:
-        if "learning_rate" not in variant.settings:
-            rates = sorted(plan.rates)
-            chosen[variant.name] = max(rates, key=lambda rate: accuracy[variant.with_setting("lr", rate).name])
-    return chosen
+def _pick_rates(
+    plan: StreamComparison,
+    folder: Path,
+    progress: Progress | None,
+    finished: Callable[[dict[str, Any], int, int], None] | None,
+) -> tuple[dict[str, tuple[float, ...]], dict[str, float]]:
+    """By variant, the rates tried and the one with the best accuracy on held-out images; the lower of two as good."""
+    tried = {variant.name: tuple(sorted(plan.rates)) for variant in plan.free_variants}
+    while True:
+        trials = plan.trials(tried)
+        wanted = stream_cells(trials, folder)
+        _make(trials, wanted, progress, finished, wait=True)
+        found = summarize_streams(trials, wanted)
+        write_json(folder / "summary.json", found)
+        accuracy = {row["name"]: row["accuracy"]["mean"] for row in found["rows"]}
+        chosen = {}
+        for variant in plan.free_variants:
+            found_at = {rate: accuracy[variant.with_setting("lr", rate).name] for rate in tried[variant.name]}
+            chosen[variant.name] = max(found_at, key=found_at.__getitem__)
+        further = {name: plan.rate_beyond(rates, chosen[name]) for name, rates in tried.items()}
+        if not plan.extend_rates or not any(further.values()):
+            return tried, chosen
+        tried = {name: tuple(sorted({*rates, further[name] or rates[0]})) for name, rates in tried.items()}
 
 
 # ---- the work ----------------------------------------------------------------------------------------------------

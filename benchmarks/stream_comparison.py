@@ -22,6 +22,10 @@ _FREE: Final = frozenset({"data_dir"})
 """Settings that may differ when a comparison goes on: data move."""
 
 
+_MOST_FURTHER: Final = 6
+"""Rates tried beyond a grid at most: a network that learns nothing at any of them has no best one."""
+
+
 @final
 @dataclass(frozen=True)
 class StreamComparison:
@@ -37,6 +41,8 @@ class StreamComparison:
         rates: learning rates to choose from, for variants without a rate of their own: each is tried with the first
             memory and the first seed on a share ``base.validation`` of the training images, and the one with the best
             accuracy there is taken for all runs, which are then tested on the test images. Empty for no such choice.
+        extend_rates: whether rates beyond ``rates`` are tried for a variant whose best is the lowest or highest tried,
+            in the grid's own steps, until it is neither.
         trial_share: share of the training images each rate is tried on; None for ``base.share``.
     """
 
@@ -45,6 +51,7 @@ class StreamComparison:
     seeds: tuple[int, ...] = (0,)
     base: RunConfig = field(default_factory=RunConfig)
     rates: tuple[float, ...] = ()
+    extend_rates: bool = False
     trial_share: float | None = None
 
     def check(self) -> None:
@@ -104,12 +111,36 @@ class StreamComparison:
         )
         return variant.apply(base)
 
-    def trials(self) -> StreamComparison:
-        """The runs by which learning rates are chosen: one variant for each rate."""
-        free = [variant for variant in self.variants if "learning_rate" not in variant.settings]
-        variants = tuple(variant.with_setting("lr", rate) for variant in free for rate in self.rates)
+    @property
+    def free_variants(self) -> list[Variant]:
+        """Those without a learning rate of their own."""
+        return [variant for variant in self.variants if "learning_rate" not in variant.settings]
+
+    def trials(self, rates: Mapping[str, Sequence[float]] | None = None) -> StreamComparison:
+        """The runs by which learning rates are chosen: one variant for each rate.
+
+        Args:
+            rates: those tried, by variant; None for ``self.rates`` everywhere.
+        """
+        variants = tuple(
+            variant.with_setting("lr", rate)
+            for variant in self.free_variants
+            for rate in (self.rates if rates is None else rates[variant.name])
+        )
         base = self.base if self.trial_share is None else replace(self.base, share=self.trial_share)
         return replace(self, variants=variants, base=base, memory=self.memory[:1], seeds=self.seeds[:1], rates=())
+
+    def rate_beyond(self, tried: Sequence[float], best: float) -> float | None:
+        """The next rate to try where the best one is the lowest or highest of those tried; None elsewhere.
+
+        It is a step of the grid's outermost pair away, rounded to one digit: 0.3 behind 0.01, 0.03, 0.1.
+        """
+        grid = sorted(self.rates)
+        if len(grid) < 2 or len(tried) >= len(grid) + _MOST_FURTHER:
+            return None
+        if best == max(tried):
+            return float(f"{best * grid[-1] / grid[-2]:.1g}")
+        return float(f"{best * grid[0] / grid[1]:.1g}") if best == min(tried) else None
 
     def with_rates(self, chosen: dict[str, float]) -> StreamComparison:
         """The same, on the test images, with these learning rates by variant."""

@@ -79,7 +79,8 @@ def show_strategies(summary: dict[str, Any]) -> None:
         title = "" if memory is None else f"memory {memory}"
         screen.table(title, *_fitting("strategy", shown, _STREAM), text=_TEXT)
     for name, rate in summary["learning_rates"].items():
-        end = " (the end of the grid)" if rate in (min(summary["rates"]), max(summary["rates"])) else ""
+        tried = summary["rates"][name]
+        end = " (the end of the grid: --extend-lr goes on)" if rate in (min(tried), max(tried)) else ""
         screen.line(f"learning rate of {name}, chosen on held-out training images: {rate:g}{end}")
     _explain_spread(summary)
     screen.line(f"time ratio: training and evaluation over those of {summary['reference']}")

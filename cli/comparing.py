@@ -76,6 +76,10 @@ def compare(
         bool,
         typer.Option("--pick-lr", help="Choose each strategy's rate among --lr on --validation, then run on test."),
     ] = False,
+    extend_lr: Annotated[
+        bool,
+        typer.Option("--extend-lr", help="With --pick-lr: try rates beyond --lr where the best is at its end."),
+    ] = False,
     pick_share: Annotated[
         float | None,
         typer.Option("--pick-share", metavar="SHARE", help="Try rates on this share of the training images."),
@@ -132,6 +136,7 @@ def compare(
         "--share": share,
         "--validation": validation,
         "--pick-lr": pick_lr or None,
+        "--extend-lr": extend_lr or None,
         "--pick-share": pick_share,
         "--precision": None if precision == "auto" else precision,
         "--only": only,
@@ -159,6 +164,8 @@ def compare(
         raise ConfigError(
             "--pick-lr chooses among several rates on held-out images: give --lr 0.03,0.1 --validation 0.1"
         )
+    if extend_lr and not pick_lr:
+        raise ConfigError("--extend-lr is for --pick-lr, which chooses among the rates of --lr")
     if pick_share is not None and not pick_lr:
         raise ConfigError("--pick-share is for --pick-lr; --share takes less for all runs")
     if resume and out is None:
@@ -225,6 +232,7 @@ def compare(
                     precision=cast("Precision", precision),
                 ),
                 rates=rates if pick_lr else (),
+                extend_rates=extend_lr,
                 trial_share=pick_share,
             )
             plan.check()

@@ -181,6 +181,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["compare", "--stream", "split-digits", "--strategies", "icarl", "--heads", "knn"], r"brings its own classifier"),
     (["compare", "--stream", "split-digits", "--strategies", "replay+emma=1"], r"unknown setting in .*'emma'"),
     (["compare", "--stream", "split-digits", "--only", "x"], r"--only x: there is no such run; there are replay"),
+    (["compare", "--stream", "split-digits", "--lr", "0.1,0.2", "--extend-lr"], r"--extend-lr is for --pick-lr"),
     (["compare", "--stream", "split-digits", "--lr", "0.1,0.2", "--pick-lr"], r"--pick-lr chooses .*--validation 0\.1"),
     (["compare", "--stream", "split-digits", *STREAM_QUICK], r"table holds results already"),
     (["compare", "--stream", "split-digits", *STREAM_QUICK, "--resume", "--epochs", "2"], r"with epochs=1, not 2"),

@@ -292,6 +292,35 @@ def test_rates_are_chosen_on_held_out_images_and_never_on_test(asked: list[RunCo
     assert not asked
 
 
+def test_rates_beyond_the_grid_are_tried_until_the_best_is_not_at_its_end(
+    asked: list[RunConfig], tmp_path: Path
+) -> None:
+    comparison = replace(
+        plan("replay", "naive", "er-ace", "joint+lr=0.2", memory=(50,), rates=(0.003, 0.01, 0.03), extend_rates=True),
+        base=replace(BASE, validation=0.1),
+    )
+    summary = compare_streams(comparison, tmp_path)
+    assert summary["rates"] == {
+        "replay": [0.003, 0.01, 0.03, 0.09, 0.3],  # the best, 0.1, is not among them
+        "naive": [0.003, 0.01, 0.03, 0.09, 0.3, 0.9],
+        "er-ace": [0.003, 0.01, 0.03, 0.09],
+    }
+    assert summary["learning_rates"] == {"replay": 0.09, "naive": 0.3, "er-ace": 0.03}
+    tried = [(c.strategy, c.learning_rate) for c in asked if c.validation]
+    assert len(tried) == len(set(tried)) == 5 + 6 + 4
+    downwards = replace(comparison, variants=variants(["er-ace"]), rates=(0.1, 0.3))
+    assert compare_streams(downwards, tmp_path / "down")["rates"] == {"er-ace": [0.01, 0.03, 0.1, 0.3]}
+
+
+def test_a_network_that_learns_at_no_rate_ends_the_search_for_one(
+    asked: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = nnheads.benchmarks.runner.run
+    monkeypatch.setattr(nnheads.benchmarks.runner, "run", lambda *a, **b: {**real(*a, **b), "accuracy": 0.1})
+    comparison = replace(plan("er-ace", rates=(0.1, 0.3), extend_rates=True), base=replace(BASE, validation=0.1))
+    assert len(compare_streams(comparison, tmp_path)["rates"]["er-ace"]) == 8
+
+
 def test_rates_may_be_tried_on_a_share(asked: list[RunConfig], tmp_path: Path) -> None:
     comparison = replace(plan("replay", rates=(0.1, 0.3), trial_share=0.4), base=replace(BASE, validation=0.1))
     compare_streams(comparison, tmp_path)
