@@ -118,4 +118,6 @@ def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
     different = changed_settings(saved, json.loads(json.dumps(wanted)), _FREE)
     if different:
         told = ", ".join(different)
-        raise CheckpointError(f"the run in {path} was started with {told}: resume with the same settings")
+        raise CheckpointError(
+            f"the run in {path} was started with {told}: resume with the same settings, or start anew elsewhere"
+        )

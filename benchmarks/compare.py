@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from nnheads.benchmarks.comparison import MEASURES, RECIPES, Cell, CompareConfig, Recipe, cells, head_variant
 from nnheads.benchmarks.measures import mean_and_spread
-from nnheads.benchmarks.results import device_name, versions, write_json
+from nnheads.benchmarks.results import SUMMARY, check_same_comparison, device_name, versions, write_json
 from nnheads.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def compare(
         raise ConfigError(f"{out} holds results already: give another --out, or --resume to finish what is there")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: give a folder")
+    check_same_comparison(out, kind="dataset")
     found = {cell: _finished(cell, settings) for cell in wanted}
     data: ImageData | None = None
     results = []
@@ -87,7 +88,7 @@ def compare(
                 finished(result)
         results.append(result)
     summary = summarize(config, results, _agreements(config, out))
-    write_json(out / "summary.json", summary)
+    write_json(out / SUMMARY, summary)
     return summary
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from nnheads.benchmarks.locks import exclusive
 from nnheads.benchmarks.measures import mean_and_spread, seen_accuracy
-from nnheads.benchmarks.results import write_json
+from nnheads.benchmarks.results import SUMMARY, check_same_comparison, write_json
 from nnheads.benchmarks.stream_comparison import REFERENCE, StreamCell, StreamComparison, stream_cells
 from nnheads.errors import ConfigError
 from nnheads.strategies.registry import strategy_spec
@@ -65,7 +65,7 @@ def compare_streams(
         out: folder of the results, made where it is missing: a file for each run, ``summary.json``, and
             ``validation/`` with the same for the choice of learning rates.
         resume: keep the runs that ``out`` holds already, go on with interrupted ones, and leave out those that another
-            process is making; without it, a folder with results is refused.
+            process is making; without it, a folder with results, or with a run that was begun, is refused.
         only: see `stream_cells`.
         progress: called as the work goes on.
         finished: called with the results of each run once they are written, and how many of how many runs are done.
@@ -76,15 +76,17 @@ def compare_streams(
 
     Raises:
         ConfigError: see `StreamComparison.check` and `stream_cells`; or ``out`` holds results and ``resume`` is False,
-            or they were made with other settings.
+            or they were made with other settings or of another stream.
         DataError: the images are missing or damaged.
         CheckpointError: a file in ``out`` cannot be read.
     """
     plan.check()
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: give a folder")
-    if not resume and out.is_dir() and (any(out.glob("*.json")) or (out / VALIDATION).exists()):
+    begun = out.is_dir() and (any(out.glob("*.json")) or any(out.glob(".*.checkpoint")) or (out / VALIDATION).exists())
+    if begun and not resume:
         raise ConfigError(f"{out} holds results already: give another --out, or --resume to finish what is there")
+    check_same_comparison(out, kind="stream", stream=plan.base.stream)
     tried: dict[str, tuple[float, ...]] = {}
     chosen: dict[str, float] = {}
     if plan.rates:
@@ -94,7 +96,7 @@ def compare_streams(
     _make(plan, wanted, progress, finished)
     summary = summarize_streams(plan, stream_cells(plan, out))
     summary |= {"learning_rates": chosen, "rates": {name: list(rates) for name, rates in tried.items()}}
-    write_json(out / "summary.json", summary)
+    write_json(out / SUMMARY, summary)
     return summary
 
 
@@ -203,7 +205,7 @@ def _pick_rates(
         wanted = stream_cells(trials, folder)
         _make(trials, wanted, progress, finished, wait=True)
         found = summarize_streams(trials, wanted)
-        write_json(folder / "summary.json", found)
+        write_json(folder / SUMMARY, found)
         accuracy = {row["name"]: row["accuracy"]["mean"] for row in found["rows"]}
         chosen = {}
         for variant in plan.free_variants:

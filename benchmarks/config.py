@@ -107,11 +107,12 @@ class RunConfig:
             raise ConfigError(f"scenario must be class or task, not {self.scenario!r}")
 
     def resolve(self, stream: StreamSpec, strategy: StrategySpec) -> RunConfig:
-        """The same with every None replaced, except ``data_dir``.
+        """The same with every None replaced, except ``data_dir``, and the precision that ``"auto"`` is on this machine.
 
         Raises:
-            ConfigError: settings that the strategy cannot follow.
+            ConfigError: settings that the strategy cannot follow, or a device that there is not.
         """
+        from nnheads.devices import multiplies_bfloat16, resolve_device
         from nnheads.heads import head_class  # torch: not needed to name a run
 
         head = strategy.resolve_head(self.head)
@@ -144,9 +145,14 @@ class RunConfig:
         if exemplar_bytes and strategy.compresses and "bytes_per_center" in known:
             # Raw, a center would take as much as its compressed image or more.
             head_options = {"bytes_per_center": CENTER_BYTES, **head_options}
+        precision = self.precision
+        if precision == "auto" and strategy.ours:
+            bfloat16 = multiplies_bfloat16(resolve_device(self.device))
+            precision = "bfloat16" if bfloat16 else "float32"
         return replace(
             self,
             head=head,
+            precision=precision,
             head_options=head_options,
             backbone=self.backbone or stream.backbone,
             epochs=self.epochs or stream.epochs,
@@ -178,8 +184,8 @@ def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any], free: fro
     told = []
     for name, value in now.items():
         then = saved.get(name)
-        if name in free or then == value:
-            continue
+        if name in free or then == value or (name == "precision" and then == "auto"):
+            continue  # once it was not written which precision that had been
         if not isinstance(value, Mapping) or not isinstance(then, Mapping):
             told.append(f"{name}={then!r} (now {value!r})")
             continue

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -208,13 +208,17 @@ def save_figure(figure: Figure, path: Path) -> Path:
     Raises:
         CheckpointError: the disk does not take it.
     """
-    beside = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(beside, format="png", dpi=DOTS_PER_INCH)
-        os.replace(beside, path)
+        handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # others may draw the same
+        try:
+            with os.fdopen(handle, "wb") as file:
+                figure.savefig(file, format="png", dpi=DOTS_PER_INCH)
+            os.chmod(beside, 0o644)
+            os.replace(beside, path)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         raise CheckpointError(f"cannot write {path} ({error.strerror or error}): choose another folder") from error
     return path

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 RESULTS = "results.json"
 MODEL = "model"
+SUMMARY = "summary.json"
 
 _PACKAGES = {
     "nnheads": ("nnheads",),
@@ -43,6 +44,23 @@ def check_out(out: Path, *, resume: bool = False) -> Path:
         if (out / name).exists():
             raise ConfigError(f"--out {out} holds {name} already: name another folder, nothing is overwritten")
     return out
+
+
+def check_same_comparison(out: Path, **wanted: str) -> None:
+    """ConfigError where the summary in a folder is of another comparison, whose files would be mixed with these.
+
+    Args:
+        out: the folder.
+        wanted: what its ``summary.json`` must say.
+    """
+    try:
+        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # none, or to be written anew
+    for name, value in wanted.items():
+        found = summary.get(name, value) if isinstance(summary, dict) else value
+        if found != value:
+            raise ConfigError(f"{out} holds a comparison with {name} {found!r}, not {value!r}: give another --out")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:

@@ -92,6 +92,7 @@ def run(
     if tensorboard is not None:
         check_tensorboard()
     tell = progress or _nobody
+    distributed.take_device()  # before anything is put on one; the group is joined later
     stream, config = load_stream(config, spec, tell)
     from nnheads.devices import resolve_device
 

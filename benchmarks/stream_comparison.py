@@ -60,9 +60,12 @@ class StreamComparison:
         Raises:
             ConfigError: a name or an option that is not known, or that does not fit.
         """
+        import torch
+
         from nnheads.backbones import build_backbone
         from nnheads.benchmarks.datasets import DATASETS
         from nnheads.devices import resolve_device
+        from nnheads.heads import build_head
 
         if not self.variants or not self.memory or not self.seeds:
             raise ConfigError("a comparison needs at least one strategy, one memory and one seed")
@@ -93,6 +96,11 @@ class StreamComparison:
                         f"memory of {resolved.memory} exemplars is smaller than the {classes} classes of "
                         f"{stream.name}: give at least one exemplar a class"
                     )
+                spec.check_options(resolved.strategy_options)
+                if spec.ours:
+                    with torch.random.fork_rng(devices=[]):
+                        # Wide, so that no option that depends on the width of embeddings is refused here.
+                        build_head(str(resolved.head), 4096, max(2, classes), **resolved.head_options)
             build_backbone(str(resolved.backbone))
         resolve_device(self.base.device)
 

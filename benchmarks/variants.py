@@ -132,17 +132,24 @@ def variants(
 
     Args:
         strategies: see `Variant.read`; None for ``replay``.
-        heads: for every strategy that has no head of its own in its text; None for what the strategies take.
+        heads: for every strategy that has no head of its own in its text, also with options as
+            ``impostor+centers=tied``; None for what the strategies take.
         rates: the same for learning rates.
 
     Raises:
         ConfigError: see `Variant.read`; or a strategy cannot work with a head.
     """
     found = [Variant.read(text) for text in strategies or ("replay",)]
-    for key, values in (("head", heads or ()), ("lr", rates)):
-        if values:
-            every = [variant.with_setting(key, value) for variant in found for value in values]
-            found = list({variant.name: variant for variant in every}.values())
+    if heads:
+        every = [
+            variant if "head" in variant.settings else Variant.read(f"{variant.name}+head={head}")
+            for variant in found
+            for head in heads
+        ]
+        found = list({variant.name: variant for variant in every}.values())
+    if rates:
+        every = [variant.with_setting("lr", rate) for variant in found for rate in rates]
+        found = list({variant.name: variant for variant in every}.values())
     for variant in found:
         strategy_spec(variant.strategy).resolve_head(variant.settings.get("head"))
     return tuple(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -201,6 +201,7 @@ def compare(
                 return _heads(config, folder, resume, quiet)
 
         else:
+            from nnheads.benchmarks.comparison import expand_heads
             from nnheads.benchmarks.config import RunConfig
             from nnheads.benchmarks.stream_comparison import StreamComparison
             from nnheads.benchmarks.variants import variants
@@ -209,7 +210,7 @@ def compare(
             plan = StreamComparison(
                 variants=variants(
                     None if strategies is None else options.names("--strategies", strategies),
-                    given_heads if strategies or given_heads else options.names("--heads", HEADS),
+                    expand_heads(given_heads or (() if strategies else options.names("--heads", HEADS))),
                     () if one_rate or pick_lr else rates,
                 ),
                 memory=(None,) if memory is None else options.numbers("--memory", memory, int),
@@ -277,13 +278,17 @@ def _heads(config: CompareConfig, folder: Path, resume: bool, quiet: bool) -> di
 
 
 def _strategies(plan: StreamComparison, folder: Path, resume: bool, only: list[str], quiet: bool) -> dict[str, Any]:
+    from nnheads.benchmarks.checkpoint import experiences_done
     from nnheads.benchmarks.compare_streams import all_cells, compare_streams
     from nnheads.cli.progress import Bar
 
     made = all_cells(plan, folder, only)
 
     def kept() -> str:
-        return _kept(sum(cell.results.is_file() for cell in made), len(made), folder)
+        done = sum(cell.results.is_file() for cell in made)
+        begun = {cell.name: experiences_done(cell.checkpoint) for cell in made}
+        parts = [f"{number} experience{'s' * (number > 1)} of {name}" for name, number in begun.items() if number]
+        return _kept(done, len(made), folder, parts)
 
     with screen.interruptible(kept), Bar(shown=not quiet) as bar:
 
@@ -298,7 +303,6 @@ def _strategies(plan: StreamComparison, folder: Path, resume: bool, only: list[s
         return compare_streams(plan, folder, resume=resume, only=only, progress=bar, finished=finished)
 
 
-def _kept(done: int, total: int, folder: Path) -> str:
-    if not done:
-        return "nothing"
-    return f"{done} of {total} configurations in {folder}; go on with --resume --out {folder}"
+def _kept(done: int, total: int, folder: Path, begun: Sequence[str] = ()) -> str:
+    parts = [f"{done} of {total} configurations"] * (done > 0) + list(begun)
+    return f"{', '.join(parts)} in {folder}; go on with --resume --out {folder}" if parts else "nothing"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -80,6 +79,7 @@ def run(
     options.set_threads(threads)
     with screen.interruptible(lambda: "nothing"):
         from nnheads.benchmarks.config import RunConfig
+        from nnheads.distributed import launched_rank
         from nnheads.strategies.registry import strategy_spec
 
         config = RunConfig(
@@ -105,7 +105,7 @@ def run(
             ema=ema,
             exemplar_bytes=exemplar_bytes,
         )
-        if int(os.environ.get("RANK", "0")) > 0:  # torchrun's first process shows and writes
+        if launched_rank() > 0:  # torchrun's first process shows and writes
             from nnheads.benchmarks.runner import run as run_stream
 
             run_stream(config, None, checkpoint=checkpoint, resume=resume)
@@ -121,7 +121,7 @@ def run(
         screen.print_json({**results, "path": str(folder)})
         return
     if not quiet:
-        _show(results, folder)
+        _show(results, folder, data_dir)
         return
     screen.line(
         f"accuracy {screen.percent(results['accuracy'])} %, forgetting {screen.percent(results['forgetting'])} %, "
@@ -152,7 +152,7 @@ def _run(
         return run(config, folder, progress=bar, checkpoint=checkpoint, resume=resume, tensorboard=log)
 
 
-def _show(results: dict[str, Any], folder: Path) -> None:
+def _show(results: dict[str, Any], folder: Path, data_dir: Path | None) -> None:
     if told := screen.shares(results["config"]):
         screen.line(told)
     screen.line(f"{results['stream']}: head {results['head']}, strategy {results['strategy']}")
@@ -178,7 +178,7 @@ def _show(results: dict[str, Any], folder: Path) -> None:
     for name, value in facts:
         screen.line(f"{name:<15} {value}")
     screen.line("")
-    screen.line(f"next: {_next_command(results, folder)}")
+    screen.line(f"next: {_next_command(results, data_dir)}")
 
 
 def _memory(results: dict[str, Any]) -> str:
@@ -214,9 +214,8 @@ def _show_matrix(matrix: list[list[float | None]], classes: list[list[str]]) -> 
     screen.table(title, columns, rows)
 
 
-def _next_command(results: dict[str, Any], folder: Path) -> str:
+def _next_command(results: dict[str, Any], data_dir: Path | None) -> str:
     """Something sensible to try with what there is now."""
-    data_dir = results["config"].get("data_dir")
     where = f" --data-dir {shlex.quote(str(data_dir))}" if data_dir else ""
     if results["strategy"] == "replay" and results["head"] != "dense":
         return f"nnheads compare --stream {shlex.quote(results['stream'])} --heads dense,{results['head']}{where}"

@@ -69,7 +69,8 @@ def worst_predicted(
     samples chosen before as centers, or balanced over the classes, or both. Ties are broken by position.
 
     Args:
-        head: a head that votes with Gaussian kernels; unchanged afterwards.
+        head: a head that votes with Gaussian kernels; its centers are what they were afterwards. With several rounds it
+            is left as wide as the classes of the candidates need.
         z: (N, d) embeddings of the candidates.
         y: (N,) int64 labels.
         n: number to choose, at most N.

@@ -227,6 +227,11 @@ class BatchLoader:
             yield x, _moved(y, self.device), _moved(ids, self.device)
 
 
+def leaves_one(count: int, batch_size: int) -> bool:
+    """Whether batches of so many samples end with one of a single sample, on which batch normalisation cannot train."""
+    return count > batch_size and count % batch_size == 1
+
+
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device; to CUDA by pinned memory, so that the copy runs beside the network and nothing waits."""
     if device.type == "cuda" and tensor.device.type == "cpu":

@@ -37,6 +37,16 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0")) if launched() > 1 else 0
 
 
+def take_device() -> bool:
+    """Make the CUDA device of a process that ``torchrun`` started the current one, where there is one for each; whether
+    there is. What resolves a device afterwards gets it."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = launched() > 1 and torch.cuda.is_available() and local < torch.cuda.device_count()
+    if cuda:
+        torch.cuda.set_device(local)
+    return cuda
+
+
 def join() -> bool:
     """Join the processes that ``torchrun`` started, where it did and nobody has joined yet; whether there are others.
 
@@ -45,11 +55,7 @@ def join() -> bool:
     if not dist.is_available():
         return False
     if not dist.is_initialized() and launched() > 1:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        cuda = torch.cuda.is_available() and local < torch.cuda.device_count()
-        if cuda:
-            torch.cuda.set_device(local)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if take_device() else "gloo")
     return world_size() > 1
 
 

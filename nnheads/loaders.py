@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from nnheads.data import Augmentation, BatchLoader, ImageSet, WithIds, get_augmentation, with_ids
+from nnheads.data import Augmentation, BatchLoader, ImageSet, WithIds, get_augmentation, leaves_one, with_ids
 from nnheads.errors import ConfigError, DataError, ShapeError
 from nnheads.preprocessing import Preprocessing
 
@@ -140,7 +140,7 @@ def training_batches(data: Data, target: Target, *, batch_size: int, augment: st
             _with_ids(data),
             batch_size,
             shuffle=True,
-            drop_last=count > batch_size and count % batch_size == 1,
+            drop_last=leaves_one(count, batch_size),
             generator=torch.Generator().manual_seed(seed),
             pin_memory=target.device.type == "cuda",
         )

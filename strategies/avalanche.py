@@ -169,7 +169,7 @@ def scr(setup: Setup) -> Learner:
 
 def slda(setup: Setup) -> Learner:
     """Streaming LDA on the backbone as it is: worth something with a pretrained one only."""
-    features = _features(setup)
+    features = _features(setup).requires_grad_(False)
     settings = _common(setup)
     for name in ("model", "optimizer"):
         del settings[name]

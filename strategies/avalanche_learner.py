@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nnheads.attach import attach_head
+from nnheads.data import leaves_one
 from nnheads.devices import Precision, autocast_for, prefers_channels_last
 from nnheads.headed import HeadedModel
 from nnheads.heads.dense import DenseHead
@@ -122,10 +123,14 @@ class AvalancheLearner(Learner):
         if self.before is not None:
             self.before(experience)
         if not self.at_once:
-            self.strategy.train(stream[experience], eval_streams=[])
+            self._train(stream[experience], len(stream[experience].dataset))
         elif experience == 0:
-            self.strategy.train(stream, eval_streams=[])
+            self._train(stream, sum(len(e.dataset) for e in stream))
         self._seen.update(int(c) for c in stream[experience].classes_in_this_experience)
+
+    def _train(self, experiences: Any, samples: int) -> None:
+        rest = {"drop_last": True} if leaves_one(samples, self.setup.batch_size) else {}
+        self.strategy.train(experiences, eval_streams=[], **rest)
 
     @torch.no_grad()
     def scores(self, x: Tensor) -> Tensor:
@@ -177,7 +182,7 @@ def _count_gradient_samples(backbone: nn.Module) -> list[int]:
     count = [0]
 
     def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
             count[0] += len(args[0])
 
     backbone.register_forward_pre_hook(add)

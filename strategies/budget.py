@@ -16,6 +16,9 @@ from nnheads.strategies.learner import Setup
 CENTER_OVERHEAD = 3 * 8
 """Bytes of a center beside its key: label, id, and the place of its soft label."""
 
+NEXT_ID = 8
+"""Bytes of the id that a memory gives next."""
+
 
 def center_bytes(head: Head, soft: bool = False, centers: int = 2**8) -> int:
     """Bytes that each center of a head may take, codebooks not counted; 0 for a head without memory.
@@ -47,8 +50,10 @@ def centers_within(budget_bytes: int, head: Head, beside: int = 0, soft: bool = 
     if isinstance(head, MemoryHead):
         budget_bytes = max(0, budget_bytes - (head.bytes - head.memory.bytes))
     coder = head.memory.coder if isinstance(head, MemoryHead) else None
-    if coder is None or not isinstance(head, MemoryHead):
-        return budget_bytes // (beside + center_bytes(head, soft))
+    if not isinstance(head, MemoryHead):
+        return budget_bytes // beside
+    if coder is None:
+        return max(0, budget_bytes - NEXT_ID) // (beside + center_bytes(head, soft))
     # The more centers, the larger the codebooks: as many as fit with the largest that so many would get.
     limit = None
     for least in (2**coder.coding.bits, MIN_ROWS, 1):

@@ -97,10 +97,11 @@ def exchange_centers(
         share = _share(drop_share, r, rules.rounds, early=True)
         ranks = _random_ranks(memory.ids[: len(memory)], seed)
         out = memory.ids[_first(_drop_order(head, rows, rules, ranks), memory.labels, share)]
-        left = candidates[~torch.isin(candidates, torch.cat(came))]
+        taken = torch.cat(came)
+        left = candidates[~torch.isin(candidates, taken)]
         share = _share(add_share, r, rules.rounds)
         # Both are chosen before anything is changed: once a class has gone, all its samples would tie.
-        into = _first(_add_order(head, z, y, ids, left, rules, seed), y, share)
+        into = _first(_add_order(head, z, y, ids, left, taken, rules, seed), y, share)
         drop_in_turn(head, out, rules)
         _add_in_turn(head, z[into], y[into], ids[into], rules)
         gone.append(out)
@@ -146,26 +147,34 @@ def _drop_order(head: KernelVoteHead, rows: Tensor, rules: CenterRules, ranks: T
 
 
 def _add_order(
-    head: KernelVoteHead, z: Tensor, y: Tensor, ids: Tensor, left: Tensor, rules: CenterRules, seed: int
+    head: KernelVoteHead,
+    z: Tensor,
+    y: Tensor,
+    ids: Tensor,
+    left: Tensor,
+    taken: Tensor,
+    rules: CenterRules,
+    seed: int,
 ) -> Tensor:
-    """Positions of D_e in the order in which they come."""
+    """Those positions of D_e that are left, in the order in which they come after those taken before."""
     if rules.kind == "random":
         return left[_random_ranks(ids[left], seed).argsort(stable=True)]
     if rules.kind == "herding":
-        return _herded(z, y, left)
+        return _herded(z, y, left, taken)
     return left[log_probs_of(head, z[left], y[left]).argsort(stable=True)]
 
 
-def _herded(z: Tensor, y: Tensor, left: Tensor) -> Tensor:
+def _herded(z: Tensor, y: Tensor, left: Tensor, taken: Tensor) -> Tensor:
     """Each next one of a class moves the mean of those taken as near as it can to the mean of all of the class."""
     order = [left[:0]]
     for c in y[left].unique():
         of_class = left[y[left] == c]
         points = z[of_class]
-        mean, total = z[y == c].mean(0), torch.zeros_like(points[0])
+        before = z[taken[y[taken] == c]]
+        mean, total = z[y == c].mean(0), before.sum(0)
         free = torch.ones(len(points), dtype=torch.bool, device=z.device)
         picked = []
-        for n in range(1, len(points) + 1):
+        for n in range(len(before) + 1, len(before) + len(points) + 1):
             distance = ((total + points) / n - mean).square().sum(1).masked_fill(~free, torch.inf)
             best = int(distance.argmin())
             free[best] = False

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, final
 
 from nnheads.centers import Redistribution
 from nnheads.errors import ConfigError, unknown_name
+from nnheads.strategies.center_rules import CenterRules
 
 DRIFTS: Final = ("free", "frozen", "distill")
 
@@ -29,7 +30,7 @@ class ImpostorOptions:
             it when its experience was learned.
         drift: what is done about that: ``"free"``: nothing; ``"frozen"``: the backbone learns the first experience
             only; ``"distill"``: the tie of equation 8 with the embeddings of the backbone before the experience, on the
-            new data.
+            whole batch, replayed samples too.
         drift_weight: weight of that tie, in units of one over squared distance.
         budget_bytes: memory for exemplars and centers together, in place of ``memory``.
     """
@@ -48,6 +49,37 @@ class ImpostorOptions:
     drift_weight: float = 1.0
     budget_bytes: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("balanced", "exemplars"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        for name in ("drift_weight", "ridge"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ConfigError(f"{name} must be a number, 0 or more, not {value!r}")
+        for name, least in (("fine_tune", 0), ("budget_bytes", 1)):
+            value = getattr(self, name)
+            absent = value is None and name == "budget_bytes"
+            if not absent and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ConfigError(f"{name} must be a whole number, {least} or more, not {value!r}")
+        if self.drift not in DRIFTS:
+            raise ConfigError(f"drift must be one of {', '.join(DRIFTS)}, not {self.drift!r}")
+        if self.fine_tune and not self.exemplars:
+            raise ConfigError("fine_tune passes over the exemplars' images: leave exemplars=true")
+        if self.fine_tune and self.drift == "frozen":
+            raise ConfigError("drift='frozen' trains nothing after the first experience: leave fine_tune out")
+        self.rules()
+
+    def rules(self) -> CenterRules:
+        """How centers are chosen.
+
+        Raises:
+            ConfigError: a value that cannot work.
+        """
+        return CenterRules(
+            self.n_a, self.n_d, self.choose, self.drop, self.redistribute, self.ridge, self.rounds, self.balanced
+        )
+
     @staticmethod
     def read(given: Mapping[str, Any]) -> ImpostorOptions:
         """Options by name.
@@ -59,20 +91,4 @@ class ImpostorOptions:
         for name in given:
             if name not in known:
                 raise unknown_name("option of strategy 'impostor'", name, known)
-        options = ImpostorOptions(**given)
-        for name in ("balanced", "exemplars"):
-            if not isinstance(given.get(name, True), bool):
-                raise ConfigError(f"{name} must be true or false, not {given[name]!r}")
-        for name in ("drift_weight", "ridge"):
-            value = given.get(name, 0.0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ConfigError(f"{name} must be a number, 0 or more, not {value!r}")
-        for name, least in (("fine_tune", 0), ("budget_bytes", 1)):
-            value = given.get(name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ConfigError(f"{name} must be a whole number, {least} or more, not {value!r}")
-        if options.drift not in DRIFTS:
-            raise ConfigError(f"drift must be one of {', '.join(DRIFTS)}, not {options.drift!r}")
-        if not options.exemplars and options.fine_tune:
-            raise ConfigError("fine_tune passes over the exemplars' images: leave exemplars=true")
-        return options
+        return ImpostorOptions(**given)

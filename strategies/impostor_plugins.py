@@ -52,7 +52,7 @@ class FrozenAfterFirst(SupervisedPlugin):  # type: ignore[misc]
 
 @final
 class FeatureDistillation(SupervisedPlugin):  # type: ignore[misc]
-    """The tie of equation 8 on the new data, with the embeddings of the backbone as it was before the experience.
+    """The tie of equation 8 on each batch, replayed samples too, with embeddings of the backbone before the experience.
 
     Args:
         tie: lambda.

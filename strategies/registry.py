@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, final
 
@@ -32,6 +32,7 @@ class StrategySpec:
         default_head: the head where the user names none.
         uses_memory: whether the memory budget means anything to it.
         options: ``module:class`` of the dataclass of its own options, ``strategy_options``; empty where it has none.
+        kernels: whether it takes only heads that vote with Gaussian kernels.
         ema: decay of the averaged weights where the user gives none; 0 for none.
         compresses: whether exemplars are stored as the stream proposes where the user says nothing.
     """
@@ -43,6 +44,7 @@ class StrategySpec:
     default_head: str = "dense"
     uses_memory: bool = True
     options: str = ""
+    kernels: bool = False
     ema: float = 0.0
     compresses: bool = False
 
@@ -75,6 +77,8 @@ class StrategySpec:
             ConfigError: the strategy cannot work with the head that was named.
         """
         if self.classifier == "any":
+            if self.kernels and head is not None:
+                self._check_kernels(head)
             return head or self.default_head
         if head is None or (head == "dense" and self.classifier == "dense"):
             return self.classifier
@@ -87,6 +91,23 @@ class StrategySpec:
             f"strategy {self.name!r} trains the backbone's dense classifier and cannot take head {head!r}: leave "
             "--head out, or take --strategy replay, which works with any head"
         )
+
+    def check_options(self, given: Mapping[str, Any]) -> None:
+        """Raises:
+        ConfigError: a value of one of its own options that cannot work.
+        """
+        if self.options:
+            module, _, name = self.options.partition(":")
+            vars(importlib.import_module(module))[name](**given)
+
+    def _check_kernels(self, head: str) -> None:
+        from nnheads.heads import head_class
+        from nnheads.heads.kernel_vote import KernelVoteHead
+
+        if not issubclass(head_class(head), KernelVoteHead):
+            raise ConfigError(
+                f"strategy {self.name!r} needs a head that votes with Gaussian kernels (impostor, nngk), not {head!r}"
+            )
 
     def build(self, setup: Setup) -> Learner:
         """The strategy itself."""
@@ -126,6 +147,7 @@ STRATEGIES: dict[str, StrategySpec] = {
             classifier="any",
             default_head="impostor",
             options="nnheads.strategies.impostor_options:ImpostorOptions",
+            kernels=True,
             ema=0.99,
             compresses=True,
         ),

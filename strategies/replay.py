@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from nnheads import distributed
 from nnheads.averaging import WeightAverage
-from nnheads.data import Augmentation, BatchLoader, ImageSet, Preprocessing, get_augmentation, materialize
+from nnheads.data import (
+    Augmentation,
+    BatchLoader,
+    ImageSet,
+    Preprocessing,
+    get_augmentation,
+    leaves_one,
+    materialize,
+)
 from nnheads.devices import Precision, autocast_for, prefers_channels_last
 from nnheads.errors import ConfigError
 from nnheads.headed import HeadedModel
@@ -148,6 +156,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
             self.preprocessing,
             self.train_mb_size,
             shuffle=True,
+            drop_last=leaves_one(len(seen), self.train_mb_size),
             augment=self.augment,
             seed=self.seed,
             device=self.device,

@@ -136,8 +136,6 @@ class ReplayLearner(Learner):
         strategy.clock.train_exp_counter = int(values["experiences"])
         strategy.epochs_done = int(values["epochs"])
         strategy.gradient_samples = int(values["gradient_samples"])
-        # What was chosen from the centers, such as the width of a kernel, is chosen again.
-        strategy.fill(strategy.model)
         torch.set_rng_state(tensors["random.cpu"])
 
 

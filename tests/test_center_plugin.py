@@ -385,6 +385,9 @@ def test_herding_takes_the_sample_nearest_to_the_mean_first() -> None:
     assert int(done.added[0]) == int((z - z.mean(0)).norm(dim=1).argmin())
     mean = z.mean(0)
     assert float((z[done.added].mean(0) - mean).norm()) < float((z[:3].mean(0) - mean).norm())
+    rounds = CenterRules(n_a=3, choose="herding", redistribute="none", rounds=3)
+    in_rounds = exchange_centers(filled([5, 5]), z, y, torch.arange(100, 120), rounds, 20)
+    assert torch.equal(in_rounds.added, done.added)  # each round goes on from those before
 
 
 def test_the_budget_holds_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,7 +172,6 @@ def test_centers_are_compressed_beside_exemplars_unless_the_user_says_otherwise(
 
     assert options() == 16
     assert options(head="nngk") == 16
-    assert options(head="kernel") == "raw"  # it has no such option
     assert options(exemplar_bytes=0) == "raw"
     assert options(strategy="replay", exemplar_bytes=384) == "raw"
     for own in (32, 0, None):

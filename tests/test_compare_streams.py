@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 import nnheads.benchmarks.runner
+from nnheads.benchmarks.compare import compare
 from nnheads.benchmarks.compare_streams import MEASURES, all_cells, compare_streams, summarize_streams
+from nnheads.benchmarks.comparison import CompareConfig
 from nnheads.benchmarks.config import RunConfig
 from nnheads.benchmarks.locks import exclusive
 from nnheads.benchmarks.specs import stream_spec
@@ -82,6 +84,46 @@ def test_heads_and_rates_multiply_where_nothing_else_is_said() -> None:
         "impostor+head=nngk+lr=0.1",
         "impostor+head=nngk+lr=0.3",
     ]
+    [tied] = variants(["replay+ema=0.9"], ["impostor+centers=tied"])
+    assert (tied.settings["head"], tied.head_options, tied.settings["ema"]) == ("impostor", {"centers": "tied"}, 0.9)
+
+
+def test_what_is_begun_is_not_taken_over_without_being_told(asked: list[RunConfig], tmp_path: Path) -> None:
+    (tmp_path / ".replay-s0.checkpoint").mkdir()
+    with pytest.raises(ConfigError, match="holds results already"):
+        compare_streams(plan("replay"), tmp_path)
+    assert compare_streams(plan("replay"), tmp_path, resume=True)["finished"] == 1
+
+
+def test_comparisons_are_not_mixed_in_a_folder(asked: list[RunConfig], tmp_path: Path) -> None:
+    compare_streams(plan("replay"), tmp_path)
+    before = (tmp_path / "summary.json").read_text()
+    other = replace(plan("er-ace"), base=replace(BASE, stream="new-instances:split-digits"))
+    with pytest.raises(ConfigError, match="holds a comparison with stream 'split-digits', not 'new-instances:split-d"):
+        compare_streams(other, tmp_path, resume=True)
+    with pytest.raises(ConfigError, match="holds a comparison with kind 'stream', not 'dataset': give another --out"):
+        compare(CompareConfig(heads=("dense",)), tmp_path, resume=True)
+    assert (tmp_path / "summary.json").read_text() == before
+    assert not [c for c in asked if c.strategy == "er-ace"]
+
+
+def test_results_of_another_precision_are_not_taken_for_these(
+    asked: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = plan("replay", memory=(50,))
+    compare_streams(comparison, tmp_path)
+    file = tmp_path / "replay-m50-s0.json"
+    content = json.loads(file.read_text())
+    spec = strategy_spec("replay")
+    for made, now in ((False, True), (True, False)):
+        monkeypatch.setattr("nnheads.devices.multiplies_bfloat16", lambda device, made=made: made)
+        resolved = comparison.config(comparison.variants[0], 50, 0).resolve(stream_spec("split-digits"), spec)
+        file.write_text(json.dumps({**content, "config": json.loads(json.dumps(resolved.to_dict()))}))
+        assert compare_streams(comparison, tmp_path, resume=True)["finished"] == 1
+        monkeypatch.setattr("nnheads.devices.multiplies_bfloat16", lambda device, now=now: now)
+        names = ("bfloat16", "float32") if made else ("float32", "bfloat16")
+        with pytest.raises(ConfigError, match=rf"precision='{names[0]}' \(now '{names[1]}'\)"):
+            compare_streams(comparison, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +140,7 @@ def test_heads_and_rates_multiply_where_nothing_else_is_said() -> None:
         ("er-ace+k=3", "unknown setting in .* 'k'"),
         ("icarl+k=3", "unknown setting in .* 'k'"),
         ("replay+head=knnn", "unknown head 'knnn'"),
+        ("impostor+head=knn", "needs a head that votes with Gaussian kernels .*, not 'knn'"),
         ("icarl+head=knn", "'icarl' brings its own classifier"),
         ("replay+ema=much", "ema must be between 0 and 1, not 'much'"),
         ("replay+memory=many", "memory must be a whole number"),
@@ -118,6 +161,10 @@ def test_mistakes_in_a_variant(text: str, message: str) -> None:
         (replace(plan("naive"), base=replace(BASE, ema=0.9)), "--ema averages weights of our own strategies"),
         (replace(plan("naive"), base=replace(BASE, exemplar_bytes=384)), "none of the strategies given keeps any"),
         (replace(plan("replay"), base=replace(BASE, strategy_options={"n_a": 1})), "none of the strategies given has"),
+        (plan("replay+head=dense", "impostor+drift=slow"), "drift must be one of free, frozen, distill, not 'slow'"),
+        (plan("replay", "impostor+choose=best"), "choose must be one of"),
+        (plan("replay+head=dense", "replay+k=0"), "k must be"),
+        (plan("replay", "der+alpha=-1"), "alpha of strategy 'der' must be a number, 0 or more, not -1"),
         (plan("replay", rates=(0.1, 0.3)), "give --validation"),
         (plan("naive", "replay", memory=(200, 9)), "memory of 9 exemplars is smaller than the 10 classes"),
         (

@@ -34,6 +34,21 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 5))
 
 
+def test_a_process_has_its_own_device_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not distributed.take_device()  # not started by torchrun
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert distributed.take_device()
+    assert taken == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")  # fewer devices than processes
+    assert not distributed.take_device()
+
+
 def trained(head: str, folder: Path) -> nnheads.HeadedModel:
     """A small network without batch norm, which sees whole batches whatever the number of processes."""
     net = network()

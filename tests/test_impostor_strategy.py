@@ -251,6 +251,8 @@ def test_mistakes_in_the_options() -> None:
         ({"exemplars": "no"}, "exemplars must be true or false"),
         ({"drift": "slow"}, "drift must be one of free, frozen, distill"),
         ({"exemplars": False, "fine_tune": 1}, "fine_tune passes over"),
+        ({"drift": "frozen", "fine_tune": 1}, "trains nothing after the first experience: leave fine_tune out"),
+        ({"choose": "best"}, "choose must be one of"),
         ({"exemplars": False, "ema": 0.9}, "ema needs the centers' images"),
         ({"drift_weight": "much"}, "drift_weight must be a number"),
     ):

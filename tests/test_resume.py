@@ -27,6 +27,13 @@ KINDS = {
     "replay-ema": replace(QUICK, ema=0.9),
     "impostor": replace(QUICK, strategy="impostor", strategy_options={"fine_tune": 1, "n_a": 5, "n_d": 5}),
     "impostor-ema": replace(QUICK, strategy="impostor", ema=0.9),
+    "whitened": replace(
+        QUICK,
+        strategy="impostor",
+        strategy_options={"redistribute": "influence", "choose": "mixed:0.5"},
+        head_options={"whiten": 0.3},
+    ),
+    "whitened-codes": replace(QUICK, strategy="impostor", head_options={"whiten": 0.3, "bytes_per_center": 16}),
 }
 
 
@@ -45,7 +52,7 @@ def test_killed_by_the_kernel_and_resumed(number: int, tmp_path: Path) -> None:
     whole = run(config)  # also imports what the child needs
     child = multiprocessing.get_context("fork").Process(target=run, args=(config, out), kwargs={"checkpoint": state})
     child.start()
-    wait_for(state, 1 + number, child.is_alive)
+    wait_for(state, 1 + number % 4, child.is_alive)
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
     child.join()

@@ -72,6 +72,21 @@ def test_every_strategy_runs(strategy: str) -> None:
     assert (found["gradient_samples"] > 0) == trains
 
 
+@pytest.mark.parametrize("strategy", ["replay", "naive", "avalanche-replay", "er-ace", "der", "joint"])
+@pytest.mark.usefixtures("short")
+def test_a_rest_of_one_sample_is_left_out(strategy: str) -> None:
+    count = 3 * 2 * PER_CLASS if strategy == "joint" else 2 * PER_CLASS
+    settings = {"backbone": "resnet9", "epochs": 1, "batch_size": count - 1, "learning_rate": 1e-3}
+    found = run(replace(QUICK, strategy=strategy, precision="float32", **settings))
+    assert math.isfinite(found["accuracy"])
+
+
+@pytest.mark.usefixtures("short")
+def test_every_pass_with_a_gradient_is_counted() -> None:
+    naive, ewc = (run(replace(QUICK, strategy=name))["gradient_samples"] for name in ("naive", "ewc"))
+    assert ewc == naive + 3 * 2 * PER_CLASS  # of each experience once more, for the importances
+
+
 @pytest.mark.usefixtures("short")
 def test_upper_bounds_do_not_forget() -> None:
     assert run(replace(QUICK, strategy="joint", epochs=6))["accuracy"] > 0.8
