@@ -154,10 +154,15 @@ STRATEGIES: dict[str, StrategySpec] = {
         _avalanche("naive", "naive", "plain fine-tuning on each experience (lower bound)", uses_memory=False),
         _avalanche("avalanche-replay", "replay", "Avalanche's Replay, the same exemplar budget"),
         _avalanche("er-ace", "er_ace", "ER-ACE, asymmetric cross-entropy (Caccia et al. 2022)"),
-        _avalanche("der", "der", "DER++, dark experience replay (Buzzega et al. 2020)", options="DEROptions"),
+        _avalanche(
+            "der", "der", "DER++, dark experience replay (Buzzega et al. 2020); alpha, beta", options="DEROptions"
+        ),
         _avalanche("icarl", "icarl", "iCaRL, herding and distillation (Rebuffi et al. 2017)", "nearest-class-mean"),
         _avalanche(
-            "gdumb", "gdumb", "GDumb, from scratch on the exemplars alone (Prabhu et al. 2020)", options="GDumbOptions"
+            "gdumb",
+            "gdumb",
+            "GDumb, from scratch on the exemplars alone (Prabhu et al. 2020); last_samples",
+            options="GDumbOptions",
         ),
         _avalanche("scr", "scr", "supervised contrastive replay (Mai et al. 2021)", "nearest-class-mean"),
         _avalanche("slda", "slda", "streaming LDA on a frozen backbone (Hayes et al. 2020)", "lda", False),
