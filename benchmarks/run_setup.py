@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from nnheads.benchmarks.config import RunConfig
@@ -45,8 +46,22 @@ def load_stream(
         )
     if resolved.exemplar_bytes and not spec.ours:  # ours compress what they are given themselves
         tell("compressing images", 0, 0)
-        stream = stream.compressed(resolved.exemplar_bytes)
+        stream = _compressed(stream, resolved.exemplar_bytes)
     return stream, resolved
+
+
+def _compressed(stream: Stream, exemplar_bytes: int) -> Stream:
+    """The same stream whose training images are as they are after compression.
+
+    Raises:
+        ConfigError: too few bytes for an image, or not fewer than it has.
+    """
+    from nnheads.strategies.codec import WebPCodec
+
+    images = stream.train.images
+    channels, height, width = images.shape[1:]
+    codec = WebPCodec((channels, height, width), exemplar_bytes)
+    return replace(stream, train=replace(stream.train, images=codec.decode(codec.encode(images))))
 
 
 def build_learner(

@@ -16,7 +16,6 @@ from nnheads.benchmarks.datasets import ImageData, Progress, load_dataset
 from nnheads.benchmarks.specs import STREAMS, StreamSpec, list_streams, stream_spec
 from nnheads.data import ImageSet, Preprocessing, stratified_split
 from nnheads.errors import ConfigError, DataError, unknown_name
-from nnheads.strategies.codec import WebPCodec
 
 __all__ = ["STREAMS", "Scenario", "Stream", "StreamSpec", "list_streams", "make_stream", "stream_spec"]
 
@@ -153,20 +152,6 @@ class Stream:
             seed: of the choice.
         """
         return self._with_training(stratified_split(self.train.labels, share, _apart(seed, 2))[1])
-
-    def compressed(self, exemplar_bytes: int) -> Stream:
-        """The same stream whose training images are as they are after compression.
-
-        Args:
-            exemplar_bytes: of an image, see `nnheads.strategies.codec.WebPCodec`.
-
-        Raises:
-            ConfigError: too few bytes for an image, or not fewer than it has.
-        """
-        images = self.train.images
-        channels, height, width = images.shape[1:]
-        codec = WebPCodec((channels, height, width), exemplar_bytes)
-        return replace(self, train=replace(self.train, images=codec.decode(codec.encode(images))))
 
     def _with_training(self, kept: Tensor) -> Stream:
         """With some of the training images, by position."""
