@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from nnheads.benchmarks.comparison import MEASURES, RECIPES, Cell, CompareConfig, Recipe, cells, head_variant
+from nnheads.benchmarks.config import unwritten_precision
 from nnheads.benchmarks.measures import mean_and_spread
 from nnheads.benchmarks.results import SUMMARY, check_same_comparison, device_name, versions, write_json
 from nnheads.errors import CheckpointError, ConfigError
@@ -72,7 +73,7 @@ def compare(
         raise ConfigError(f"{out} holds results already: give another --out, or --resume to finish what is there")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: give a folder")
-    check_same_comparison(out, kind="dataset")
+    check_same_comparison(out, "dataset", config.dataset)
     found = {cell: _finished(cell, settings) for cell in wanted}
     data: ImageData | None = None
     results = []
@@ -134,7 +135,7 @@ def _finished(cell: Cell, settings: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads(cell.results.read_text(encoding="utf-8"))
-        made_with = result["settings"]
+        made_with = {"precision": unwritten_precision(settings["device"]), **result["settings"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{cell.results} cannot be read ({error}): remove it and it is made again") from None
     for name, value in settings.items():

@@ -76,7 +76,8 @@ def compare_streams(
 
     Raises:
         ConfigError: see `StreamComparison.check` and `stream_cells`; or ``out`` holds results and ``resume`` is False,
-            or they were made with other settings or of another stream.
+            or they were made with other settings or of another stream. Where they were made with a learning rate that
+            is no longer the one chosen, they are set aside, as ``RUN.lr=RATE.json.old``, and made anew.
         DataError: the images are missing or damaged.
         CheckpointError: a file in ``out`` cannot be read.
     """
@@ -86,13 +87,15 @@ def compare_streams(
     begun = out.is_dir() and (any(out.glob("*.json")) or any(out.glob(".*.checkpoint")) or (out / VALIDATION).exists())
     if begun and not resume:
         raise ConfigError(f"{out} holds results already: give another --out, or --resume to finish what is there")
-    check_same_comparison(out, kind="stream", stream=plan.base.stream)
+    check_same_comparison(out, "stream", plan.base.stream)
     tried: dict[str, tuple[float, ...]] = {}
     chosen: dict[str, float] = {}
     if plan.rates:
         tried, chosen = _pick_rates(plan, out / VALIDATION, progress, finished)
         plan = plan.with_rates(chosen)
     wanted = stream_cells(plan, out, only)
+    for cell in wanted if chosen else ():
+        cell.set_aside()
     _make(plan, wanted, progress, finished)
     summary = summarize_streams(plan, stream_cells(plan, out))
     summary |= {"learning_rates": chosen, "rates": {name: list(rates) for name, rates in tried.items()}}

@@ -157,6 +157,8 @@ class CompareConfig:
 
     def settings(self) -> dict[str, Any]:
         """All that a finished configuration must share with the others of its folder, as JSON takes it."""
+        from nnheads.devices import multiplies_bfloat16, resolve_device
+
         shared = {"device": self.device, "data_dir": self.data_dir.resolve().name if self.data_dir else None}
         # None where nothing was asked for, so that results made before there was such a setting still count
         start = {
@@ -167,7 +169,8 @@ class CompareConfig:
             "ood": self.ood,
             "compile": self.compile or None,
         }
-        return {"dataset": self.dataset, **asdict(self.recipe()), **shared, **start}
+        precision = "bfloat16" if multiplies_bfloat16(resolve_device(self.device)) else "float32"
+        return {"dataset": self.dataset, **asdict(self.recipe()), **shared, **start, "precision": precision}
 
     def check(self) -> None:
         """Refuses what cannot work before anything is trained.

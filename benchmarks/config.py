@@ -124,6 +124,14 @@ class RunConfig:
             raise ConfigError(
                 f"strategy {strategy.name!r} keeps no exemplars, so that exemplar_bytes means nothing to it"
             )
+        if strategy.replays and self.replay_batch == 0:
+            raise ConfigError(
+                "replay_batch must be 1 or more for a strategy that replays; take --strategy naive for none"
+            )
+        if strategy.new_classes and stream.kind == "instances":
+            raise ConfigError(
+                f"strategy {strategy.name!r} needs experiences with classes of their own: take a split- stream"
+            )
         own = strategy.option_defaults()
         for name in self.strategy_options:
             if not own:
@@ -139,6 +147,8 @@ class RunConfig:
         head_options = proposed | dict(self.head_options)
         batch_size = self.batch_size or stream.batch_size
         images = self.strategy_options.get("exemplars") is not False  # to embed by other weights, and to compress
+        if self.ema and not images:
+            raise ConfigError("ema needs the centers' images, to embed them by the averaged backbone: exemplars=true")
         ema = strategy.ema if images else 0.0
         exemplar_bytes = stream.exemplar_bytes if images and strategy.compresses else 0
         exemplar_bytes = exemplar_bytes if self.exemplar_bytes is None else self.exemplar_bytes
@@ -184,8 +194,10 @@ def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any], free: fro
     told = []
     for name, value in now.items():
         then = saved.get(name)
-        if name in free or then == value or (name == "precision" and then == "auto"):
-            continue  # once it was not written which precision that had been
+        if name == "precision" and then == "auto" and value != "auto":
+            then = unwritten_precision(now["device"])
+        if name in free or then == value:
+            continue
         if not isinstance(value, Mapping) or not isinstance(then, Mapping):
             told.append(f"{name}={then!r} (now {value!r})")
             continue
@@ -193,6 +205,15 @@ def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any], free: fro
             if then.get(option) != value.get(option):
                 told.append(f"{option}={then.get(option)!r} (now {value.get(option)!r})")
     return told
+
+
+def unwritten_precision(device: str) -> Precision:
+    """What a precision of ``"auto"`` was on this machine before it was written down, and AVX512-BF16 counted."""
+    from nnheads.devices import cpu_bfloat16, multiplies_bfloat16, resolve_device
+
+    where = resolve_device(device)
+    counted = where.type != "cpu" or cpu_bfloat16() == "AMX"
+    return "bfloat16" if counted and multiplies_bfloat16(where) else "float32"
 
 
 def _is_number(value: object) -> bool:

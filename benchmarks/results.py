@@ -46,21 +46,25 @@ def check_out(out: Path, *, resume: bool = False) -> Path:
     return out
 
 
-def check_same_comparison(out: Path, **wanted: str) -> None:
-    """ConfigError where the summary in a folder is of another comparison, whose files would be mixed with these.
+def check_same_comparison(out: Path, kind: str, name: str) -> None:
+    """ConfigError where a folder holds results of another comparison, which would be mixed with these.
 
     Args:
         out: the folder.
-        wanted: what its ``summary.json`` must say.
+        kind: ``"stream"`` or ``"dataset"``.
+        name: of the stream or data set.
     """
-    try:
-        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # none, or to be written anew
-    for name, value in wanted.items():
-        found = summary.get(name, value) if isinstance(summary, dict) else value
-        if found != value:
-            raise ConfigError(f"{out} holds a comparison with {name} {found!r}, not {value!r}: give another --out")
+    for file in sorted(out.glob("*.json")):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            # a run of strategies has what was asked for, one of heads its settings, a summary its kind
+            held = "stream" if "asked" in content else "dataset" if "head" in content else content["kind"]
+            where = content.get("asked") or content.get("settings") or {}
+            found = where.get(held) or content.get(held) or name
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # whoever needs it tells what is wrong with it
+        if (held, found) != (kind, name):
+            raise ConfigError(f"{out} holds a comparison on {held} {found}, not on {kind} {name}: give another --out")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:

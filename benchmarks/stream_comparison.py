@@ -141,14 +141,14 @@ class StreamComparison:
     def rate_beyond(self, tried: Sequence[float], best: float) -> float | None:
         """The next rate to try where the best one is the lowest or highest of those tried; None elsewhere.
 
-        It is a step of the grid's outermost pair away, rounded to one digit: 0.3 behind 0.01, 0.03, 0.1.
+        It is a step of the grid's outermost pair away, rounded to as few digits as do: 0.3 behind 0.01, 0.03, 0.1.
         """
-        grid = sorted(self.rates)
-        if len(grid) < 2 or len(tried) >= len(grid) + _MOST_FURTHER:
+        grid = sorted(set(self.rates))
+        if len(grid) < 2 or len(tried) >= len(grid) + _MOST_FURTHER or min(tried) < best < max(tried):
             return None
-        if best == max(tried):
-            return float(f"{best * grid[-1] / grid[-2]:.1g}")
-        return float(f"{best * grid[0] / grid[1]:.1g}") if best == min(tried) else None
+        step = grid[-1] / grid[-2] if best == max(tried) else grid[0] / grid[1]
+        rounded = (float(f"{best * step:.{digits}g}") for digits in (1, 2, 3))
+        return next((rate for rate in rounded if not min(tried) <= rate <= max(tried)), None)
 
     def with_rates(self, chosen: dict[str, float]) -> StreamComparison:
         """The same, on the test images, with these learning rates by variant."""
@@ -221,6 +221,19 @@ class StreamCell:
                 raise ConfigError(f"{self.results} was made with {name}={made!r}, not {value!r}: give another --out")
         self._check_defaults(resolved)
         return dict(result)
+
+    def set_aside(self) -> None:
+        """Rename its results where they differ in nothing but the learning rate: another one was chosen since."""
+        try:
+            asked = json.loads(self.results.read_text(encoding="utf-8"))["asked"]
+            made = {**RunConfig().to_dict(), **asked}
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # none, or `finished` tells what is wrong with them
+        wanted = self.asked()
+        different = {name for name, value in wanted.items() if name not in _FREE and made[name] != value}
+        if different == {"learning_rate"}:
+            rate = made["learning_rate"]
+            self.results.rename(self.results.with_name(f"{self.name}.lr={rate:g}.json.old"))
 
     def _check_defaults(self, made: Mapping[str, Any]) -> None:
         """ConfigError where what was not asked for was something else when the results were made."""

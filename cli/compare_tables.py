@@ -80,7 +80,7 @@ def show_strategies(summary: dict[str, Any]) -> None:
         screen.table(title, *_fitting("strategy", shown, _STREAM), text=_TEXT)
     for name, rate in summary["learning_rates"].items():
         tried = summary["rates"][name]
-        end = " (the end of the grid: --extend-lr goes on)" if rate in (min(tried), max(tried)) else ""
+        end = " (the end of those tried)" if rate in (min(tried), max(tried)) else ""
         screen.line(f"learning rate of {name}, chosen on held-out training images: {rate:g}{end}")
     _explain_spread(summary)
     screen.line(f"time ratio: training and evaluation over those of {summary['reference']}")

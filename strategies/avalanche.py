@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from nnheads.attach import attach_head
-from nnheads.errors import ConfigError
 from nnheads.strategies.avalanche_learner import AvalancheLearner, Features, Kept, Lowered
 from nnheads.strategies.avalanche_options import DEROptions, GDumbOptions
 from nnheads.strategies.averaged import module_bytes
@@ -48,13 +47,13 @@ def naive(setup: Setup) -> Learner:
 
 def replay(setup: Setup) -> Learner:
     """Avalanche's Replay: `ReplayPlugin` as its strategy of that name has it, with the batch sizes given."""
-    plugin = ReplayPlugin(_exemplars(setup), batch_size=setup.batch_size, batch_size_mem=_replay_batch(setup))
+    plugin = ReplayPlugin(_exemplars(setup), batch_size=setup.batch_size, batch_size_mem=setup.replay_batch)
     return AvalancheLearner(setup, Naive(**_common(setup, plugin)), lambda: Kept(len(plugin.storage_policy.buffer)))
 
 
 def er_ace(setup: Setup) -> Learner:
     """ER-ACE."""
-    strategy = ER_ACE(mem_size=_exemplars(setup), batch_size_mem=_replay_batch(setup), **_common(setup))
+    strategy = ER_ACE(mem_size=_exemplars(setup), batch_size_mem=setup.replay_batch, **_common(setup))
     return AvalancheLearner(setup, strategy, lambda: Kept(len(strategy.storage_policy.buffer)))
 
 
@@ -64,7 +63,7 @@ def der(setup: Setup) -> Learner:
     logits = 4 * setup.num_classes
     strategy = DER(
         mem_size=_exemplars(setup, logits),
-        batch_size_mem=_replay_batch(setup),
+        batch_size_mem=setup.replay_batch,
         alpha=options.alpha,
         beta=options.beta,
         **_common(setup),
@@ -85,8 +84,6 @@ def icarl(setup: Setup) -> Learner:
     0.02 here.
     """
     sizes = [int(n) for n in setup.benchmark.n_classes_per_exp]
-    if sum(sizes) > setup.num_classes:
-        raise ConfigError("strategy 'icarl' needs experiences with classes of their own: take a split- stream")
     memory = _exemplars(setup)
     features = _features(setup)
     settings = _common(setup, model=features)
@@ -131,11 +128,12 @@ def gdumb(setup: Setup) -> Learner:
     memory = _exemplars(setup)
     plugin = GDumbPlugin(memory)
     strategy = Naive(**_common(setup, plugin))
-    last = len(setup.benchmark.train_stream) - 1
+    stream = setup.benchmark.train_stream
+    held = min(memory, sum(len(experience.dataset) for experience in stream))
 
     def before(experience: int) -> None:
-        if experience == last and options.last_samples is not None:
-            strategy.train_epochs = max(1, round(options.last_samples / memory))
+        if experience == len(stream) - 1 and options.last_samples is not None:
+            strategy.train_epochs = max(1, round(options.last_samples / held))
 
     # the first weights are those of a seed
     return AvalancheLearner(setup, strategy, lambda: Kept(len(plugin.storage_policy.buffer)), before=before)
@@ -152,7 +150,7 @@ def scr(setup: Setup) -> Learner:
     strategy = SCR(
         augmentations=ContrastiveViews(setup.preprocessing, flip=setup.augment == "crop-flip"),
         mem_size=_exemplars(setup),
-        batch_size_mem=_replay_batch(setup),
+        batch_size_mem=setup.replay_batch,
         **settings,
     )
 
@@ -269,12 +267,6 @@ def _common(setup: Setup, *plugins: Any, model: nn.Module | None = None) -> dict
 
 def _features(setup: Setup) -> Features:
     return Features(attach_head(setup.backbone, "dense", num_classes=setup.num_classes), setup.precision)
-
-
-def _replay_batch(setup: Setup) -> int:
-    if setup.replay_batch < 1:
-        raise ConfigError("replay_batch must be 1 or more for a strategy that replays; take --strategy naive for none")
-    return setup.replay_batch
 
 
 def _exemplars(setup: Setup, beside: int = 0) -> int:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from nnheads.attach import attach_head
-from nnheads.data import leaves_one
 from nnheads.devices import Precision, autocast_for, prefers_channels_last
 from nnheads.headed import HeadedModel
 from nnheads.heads.dense import DenseHead
 from nnheads.strategies.learner import Learner, Setup
+from nnheads.strategies.plugins import NoRestOfOne
 
 
 @final
@@ -116,6 +116,7 @@ class AvalancheLearner(Learner):
         self.before = before
         self.at_once = at_once
         self._seen: set[int] = set()
+        strategy.plugins.append(NoRestOfOne())  # last: after those that choose what is trained on
         self._counted = _count_gradient_samples(setup.backbone)
 
     def learn(self, experience: int) -> None:
@@ -123,14 +124,10 @@ class AvalancheLearner(Learner):
         if self.before is not None:
             self.before(experience)
         if not self.at_once:
-            self._train(stream[experience], len(stream[experience].dataset))
+            self.strategy.train(stream[experience], eval_streams=[])
         elif experience == 0:
-            self._train(stream, sum(len(e.dataset) for e in stream))
+            self.strategy.train(stream, eval_streams=[])
         self._seen.update(int(c) for c in stream[experience].classes_in_this_experience)
-
-    def _train(self, experiences: Any, samples: int) -> None:
-        rest = {"drop_last": True} if leaves_one(samples, self.setup.batch_size) else {}
-        self.strategy.train(experiences, eval_streams=[], **rest)
 
     @torch.no_grad()
     def scores(self, x: Tensor) -> Tensor:

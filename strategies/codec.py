@@ -74,6 +74,10 @@ class WebPCodec:
         channels, height, width = image_shape
         if channels not in (1, 3):
             raise ConfigError(f"exemplar_bytes: only images of 1 or 3 channels can be compressed, not {channels}")
+        if channels * height * width <= MIN_ROW_BYTES:
+            raise ConfigError(
+                f"exemplar_bytes: images of {channels * height * width} bytes are too small to be compressed"
+            )
         if not MIN_ROW_BYTES <= row_bytes < channels * height * width:
             raise ConfigError(
                 f"exemplar_bytes must be {MIN_ROW_BYTES} or more and below the {channels * height * width} bytes of "

@@ -13,6 +13,8 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.gem import GEMPlugin
 from torch import Tensor
 
+from nnheads.data import leaves_one
+
 
 def silent_evaluator() -> EvaluationPlugin:
     """An evaluator without metrics and loggers: the runner evaluates."""
@@ -31,6 +33,16 @@ class StepReport(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not ty
 
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         self.report(strategy.train_mb_size)
+
+
+@final
+class NoRestOfOne(SupervisedPlugin):  # type: ignore[misc]
+    """Leaves out the last sample where it would be a batch of its own, on which batch normalisation cannot train."""
+
+    def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        data = strategy.adapted_dataset
+        if leaves_one(len(data), strategy.train_mb_size):
+            strategy.adapted_dataset = data.subset(range(len(data) - 1))
 
 
 @final

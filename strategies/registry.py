@@ -32,6 +32,8 @@ class StrategySpec:
         default_head: the head where the user names none.
         uses_memory: whether the memory budget means anything to it.
         options: ``module:class`` of the dataclass of its own options, ``strategy_options``; empty where it has none.
+        replays: whether it needs replayed samples in each step.
+        new_classes: whether it needs experiences with classes of their own.
         kernels: whether it takes only heads that vote with Gaussian kernels.
         ema: decay of the averaged weights where the user gives none; 0 for none.
         compresses: whether exemplars are stored as the stream proposes where the user says nothing.
@@ -44,6 +46,8 @@ class StrategySpec:
     default_head: str = "dense"
     uses_memory: bool = True
     options: str = ""
+    replays: bool = False
+    new_classes: bool = False
     kernels: bool = False
     ema: float = 0.0
     compresses: bool = False
@@ -123,10 +127,19 @@ def _avalanche(
     classifier: str = "dense",
     uses_memory: bool = True,
     options: str = "",
+    replays: bool = False,
+    new_classes: bool = False,
 ) -> StrategySpec:
     options = options and f"{_AVALANCHE}_options:{options}"
     return StrategySpec(
-        name, f"{_AVALANCHE}:{function}", description, classifier, uses_memory=uses_memory, options=options
+        name,
+        f"{_AVALANCHE}:{function}",
+        description,
+        classifier,
+        uses_memory=uses_memory,
+        options=options,
+        replays=replays,
+        new_classes=new_classes,
     )
 
 
@@ -152,19 +165,29 @@ STRATEGIES: dict[str, StrategySpec] = {
             compresses=True,
         ),
         _avalanche("naive", "naive", "plain fine-tuning on each experience (lower bound)", uses_memory=False),
-        _avalanche("avalanche-replay", "replay", "Avalanche's Replay, the same exemplar budget"),
-        _avalanche("er-ace", "er_ace", "ER-ACE, asymmetric cross-entropy (Caccia et al. 2022)"),
+        _avalanche("avalanche-replay", "replay", "Avalanche's Replay, the same exemplar budget", replays=True),
+        _avalanche("er-ace", "er_ace", "ER-ACE, asymmetric cross-entropy (Caccia et al. 2022)", replays=True),
         _avalanche(
-            "der", "der", "DER++, dark experience replay (Buzzega et al. 2020); alpha, beta", options="DEROptions"
+            "der",
+            "der",
+            "DER++, dark experience replay (Buzzega et al. 2020); alpha, beta",
+            options="DEROptions",
+            replays=True,
         ),
-        _avalanche("icarl", "icarl", "iCaRL, herding and distillation (Rebuffi et al. 2017)", "nearest-class-mean"),
+        _avalanche(
+            "icarl",
+            "icarl",
+            "iCaRL, herding and distillation (Rebuffi et al. 2017)",
+            "nearest-class-mean",
+            new_classes=True,
+        ),
         _avalanche(
             "gdumb",
             "gdumb",
             "GDumb, from scratch on the exemplars alone (Prabhu et al. 2020); last_samples",
             options="GDumbOptions",
         ),
-        _avalanche("scr", "scr", "supervised contrastive replay (Mai et al. 2021)", "nearest-class-mean"),
+        _avalanche("scr", "scr", "supervised contrastive replay (Mai et al. 2021)", "nearest-class-mean", replays=True),
         _avalanche("slda", "slda", "streaming LDA on a frozen backbone (Hayes et al. 2020)", "lda", False),
         _avalanche("ewc", "ewc", "elastic weight consolidation (Kirkpatrick et al. 2017)", uses_memory=False),
         _avalanche("gem", "gem", "gradient episodic memory (Lopez-Paz and Ranzato 2017)"),

@@ -99,11 +99,19 @@ def test_comparisons_are_not_mixed_in_a_folder(asked: list[RunConfig], tmp_path:
     compare_streams(plan("replay"), tmp_path)
     before = (tmp_path / "summary.json").read_text()
     other = replace(plan("er-ace"), base=replace(BASE, stream="new-instances:split-digits"))
-    with pytest.raises(ConfigError, match="holds a comparison with stream 'split-digits', not 'new-instances:split-d"):
+    told = "holds a comparison on stream split-digits, not on "
+    with pytest.raises(ConfigError, match=told + "stream new-instances:split-digits: give another --out"):
         compare_streams(other, tmp_path, resume=True)
-    with pytest.raises(ConfigError, match="holds a comparison with kind 'stream', not 'dataset': give another --out"):
+    with pytest.raises(ConfigError, match=told + "dataset digits"):
         compare(CompareConfig(heads=("dense",)), tmp_path, resume=True)
     assert (tmp_path / "summary.json").read_text() == before
+    (tmp_path / "summary.json").unlink()  # an interrupted one has none
+    with pytest.raises(ConfigError, match=told):
+        compare_streams(other, tmp_path, resume=True)
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads" / "dense-seed0.json").write_text('{"head": "dense", "settings": {"dataset": "mnist"}}')
+    with pytest.raises(ConfigError, match="holds a comparison on dataset mnist, not on dataset digits"):
+        compare(CompareConfig(heads=("dense",)), tmp_path / "heads", resume=True)
     assert not [c for c in asked if c.strategy == "er-ace"]
 
 
@@ -124,6 +132,15 @@ def test_results_of_another_precision_are_not_taken_for_these(
         names = ("bfloat16", "float32") if made else ("float32", "bfloat16")
         with pytest.raises(ConfigError, match=rf"precision='{names[0]}' \(now '{names[1]}'\)"):
             compare_streams(comparison, tmp_path, resume=True)
+    # results from before that was written down: AVX512-BF16 did not count then
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "config": {**content["config"], "precision": "auto"}}))
+    monkeypatch.setattr("nnheads.devices.multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr("nnheads.devices.cpu_bfloat16", lambda: "AMX")
+    assert compare_streams(comparison, tmp_path, resume=True)["finished"] == 1
+    monkeypatch.setattr("nnheads.devices.cpu_bfloat16", lambda: "AVX512_BF16")
+    with pytest.raises(ConfigError, match=r"precision='float32' \(now 'bfloat16'\)"):
+        compare_streams(comparison, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +181,12 @@ def test_mistakes_in_a_variant(text: str, message: str) -> None:
         (plan("replay+head=dense", "impostor+drift=slow"), "drift must be one of free, frozen, distill, not 'slow'"),
         (plan("replay", "impostor+choose=best"), "choose must be one of"),
         (plan("replay+head=dense", "replay+k=0"), "k must be"),
+        (plan("replay", "er-ace+replay=0"), "replay_batch must be 1 or more"),
+        (plan("replay", "impostor+exemplars=false+ema=0.9"), "ema needs the centers' images"),
+        (
+            replace(plan("replay", "icarl"), base=replace(BASE, stream="new-instances:split-digits")),
+            "needs experiences with classes of their own",
+        ),
         (plan("replay", "der+alpha=-1"), "alpha of strategy 'der' must be a number, 0 or more, not -1"),
         (plan("replay", rates=(0.1, 0.3)), "give --validation"),
         (plan("naive", "replay", memory=(200, 9)), "memory of 9 exemplars is smaller than the 10 classes"),
@@ -357,6 +380,35 @@ def test_rates_beyond_the_grid_are_tried_until_the_best_is_not_at_its_end(
     assert len(tried) == len(set(tried)) == 5 + 6 + 4
     downwards = replace(comparison, variants=variants(["er-ace"]), rates=(0.1, 0.3))
     assert compare_streams(downwards, tmp_path / "down")["rates"] == {"er-ace": [0.01, 0.03, 0.1, 0.3]}
+
+
+@pytest.mark.parametrize(
+    ("rates", "best", "further"),
+    [
+        ((0.01, 0.03, 0.1), 0.1, 0.3),
+        ((0.01, 0.03, 0.1), 0.01, 0.003),
+        ((0.01, 0.03, 0.1), 0.03, None),
+        ((0.1, 0.12), 0.12, 0.14),
+        ((0.2, 0.25), 0.2, 0.16),
+        ((0.08, 0.1, 0.1), 0.1, 0.12),
+        ((0.1, 0.1), 0.1, None),
+        ((0.1, 0.10001), 0.10001, None),
+    ],
+)
+def test_the_rate_beyond_a_grid(rates: tuple[float, ...], best: float, further: float | None) -> None:
+    assert plan("replay", rates=rates, extend_rates=True).rate_beyond(rates, best) == further
+
+
+def test_results_at_a_rate_that_is_no_longer_chosen_are_set_aside(asked: list[RunConfig], tmp_path: Path) -> None:
+    narrow = replace(plan("naive", rates=(0.03, 0.1)), base=replace(BASE, validation=0.1))
+    compare_streams(narrow, tmp_path)
+    before = (tmp_path / "naive-s0.json").read_text()
+    found = compare_streams(replace(narrow, extend_rates=True), tmp_path, resume=True)
+    assert found["learning_rates"] == {"naive": 0.3}
+    assert (tmp_path / "naive-s0.lr=0.1.json.old").read_text() == before
+    assert json.loads((tmp_path / "naive-s0.json").read_text())["asked"]["learning_rate"] == 0.3
+    with pytest.raises(ConfigError, match=r"made with learning_rate=0\.3, not 0\.1"):  # nothing was chosen here
+        compare_streams(replace(plan("naive"), base=replace(BASE, learning_rate=0.1)), tmp_path, resume=True)
 
 
 def test_a_network_that_learns_at_no_rate_ends_the_search_for_one(

@@ -92,6 +92,12 @@ def test_gdumb_can_spend_its_samples_on_the_network_that_answers_at_the_end() ->
     assert made.gradient_samples == 4 * 3 * 20
     made.learn(4)
     assert made.gradient_samples == 4 * 3 * 20 + 200  # whole passes
+    roomy = learner("gdumb", memory=1000, strategy_options={"last_samples": 800})
+    for experience in range(5):
+        roomy.learn(experience)
+    held = roomy.exemplars
+    assert held < 400
+    assert roomy.gradient_samples - held * round(800 / held) < 4 * held
     assert made.memory_parts() == {"exemplars": 20 * 64}
 
 

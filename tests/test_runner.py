@@ -72,13 +72,29 @@ def test_every_strategy_runs(strategy: str) -> None:
     assert (found["gradient_samples"] > 0) == trains
 
 
-@pytest.mark.parametrize("strategy", ["replay", "naive", "avalanche-replay", "er-ace", "der", "joint"])
+@pytest.mark.parametrize(
+    ("strategy", "count"),
+    [
+        *((name, 2 * PER_CLASS) for name in ("replay", "naive", "avalanche-replay", "er-ace", "der")),
+        ("joint", 3 * 2 * PER_CLASS),
+        ("cumulative", 2 * 2 * PER_CLASS),
+        ("icarl", 2 * PER_CLASS + 30),
+        ("gdumb", 30),
+    ],
+)
 @pytest.mark.usefixtures("short")
-def test_a_rest_of_one_sample_is_left_out(strategy: str) -> None:
-    count = 3 * 2 * PER_CLASS if strategy == "joint" else 2 * PER_CLASS
+def test_a_rest_of_one_sample_is_left_out(strategy: str, count: int) -> None:
+    """``count``: samples of an experience as the strategy trains on them."""
     settings = {"backbone": "resnet9", "epochs": 1, "batch_size": count - 1, "learning_rate": 1e-3}
     found = run(replace(QUICK, strategy=strategy, precision="float32", **settings))
     assert math.isfinite(found["accuracy"])
+    assert found["gradient_samples"] >= count - 1
+
+
+@pytest.mark.usefixtures("short")
+def test_a_rest_of_one_new_sample_leaves_a_small_memory_as_it_is() -> None:
+    found = run(replace(QUICK, strategy="avalanche-replay", memory=12, batch_size=79, epochs=1))
+    assert found["gradient_samples"] == 3 * (2 * PER_CLASS - 1) + 2 * 12
 
 
 @pytest.mark.usefixtures("short")
@@ -273,7 +289,7 @@ def test_settings_that_cannot_work(options: dict[str, Any], message: str) -> Non
         ({"strategy": "icarl", "head": "impostor"}, "brings its own classifier"),
         ({"strategy": "naive", "ema": 0.9}, "strategy 'naive' does not know ema"),
         ({"strategy": "naive", "exemplar_bytes": 384}, "strategy 'naive' keeps no exemplars"),
-        ({"strategy": "gdumb", "exemplar_bytes": 384}, "below the 64 bytes of an uncompressed image, not 384"),
+        ({"strategy": "gdumb", "exemplar_bytes": 384}, "images of 64 bytes are too small to be compressed"),
         ({"strategy": "naive", "strategy_options": {"n_a": 1}}, "'naive' has no options of its own, got n_a"),
         ({"strategy": "impostor", "strategy_options": {"n_b": 1}}, "unknown option of strategy 'impostor' 'n_b'"),
         ({"strategy": "impostor", "memory": 9}, "memory of 9 exemplars is smaller than the 10 classes"),
