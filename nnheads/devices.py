@@ -71,8 +71,7 @@ def prefers_channels_last(device: torch.device, precision: Precision = "auto") -
     """Whether convolutions are faster in channels-last memory format.
 
     On a GPU in bfloat16, whose gain depends on it. On a CPU with oneDNN always: it saves reordering the maps for every
-    convolution (measured on an AMD EPYC with AVX512-BF16, one thread, training steps of four small networks: 0.63 to
-    0.99 of the time in float32, 0.80 to 0.94 in bfloat16).
+    convolution.
     """
     if device.type == "cpu":
         return bool(torch.backends.mkldnn.is_available())
