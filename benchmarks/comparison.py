@@ -157,7 +157,7 @@ class CompareConfig:
 
     def settings(self) -> dict[str, Any]:
         """All that a finished configuration must share with the others of its folder, as JSON takes it."""
-        from nnheads.devices import multiplies_bfloat16, resolve_device
+        from nnheads.devices import auto_precision
 
         shared = {"device": self.device, "data_dir": self.data_dir.resolve().name if self.data_dir else None}
         # None where nothing was asked for, so that results made before there was such a setting still count
@@ -169,8 +169,8 @@ class CompareConfig:
             "ood": self.ood,
             "compile": self.compile or None,
         }
-        precision = "bfloat16" if multiplies_bfloat16(resolve_device(self.device)) else "float32"
-        return {"dataset": self.dataset, **asdict(self.recipe()), **shared, **start, "precision": precision}
+        recipe = asdict(self.recipe())
+        return {"dataset": self.dataset, **recipe, **shared, **start, "precision": auto_precision(self.device)}
 
     def check(self) -> None:
         """Refuses what cannot work before anything is trained.

@@ -112,7 +112,7 @@ class RunConfig:
         Raises:
             ConfigError: settings that the strategy cannot follow, or a device that there is not.
         """
-        from nnheads.devices import multiplies_bfloat16, resolve_device
+        from nnheads.devices import auto_precision
         from nnheads.heads import head_class  # torch: not needed to name a run
 
         head = strategy.resolve_head(self.head)
@@ -157,8 +157,7 @@ class RunConfig:
             head_options = {"bytes_per_center": CENTER_BYTES, **head_options}
         precision = self.precision
         if precision == "auto" and strategy.ours:
-            bfloat16 = multiplies_bfloat16(resolve_device(self.device))
-            precision = "bfloat16" if bfloat16 else "float32"
+            precision = auto_precision(self.device)
         return replace(
             self,
             head=head,
@@ -209,11 +208,10 @@ def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any], free: fro
 
 def unwritten_precision(device: str) -> Precision:
     """What a precision of ``"auto"`` was on this machine before it was written down, and AVX512-BF16 counted."""
-    from nnheads.devices import cpu_bfloat16, multiplies_bfloat16, resolve_device
+    from nnheads.devices import auto_precision, cpu_bfloat16, resolve_device
 
-    where = resolve_device(device)
-    counted = where.type != "cpu" or cpu_bfloat16() == "AMX"
-    return "bfloat16" if counted and multiplies_bfloat16(where) else "float32"
+    counted = resolve_device(device).type != "cpu" or cpu_bfloat16() == "AMX"
+    return auto_precision(device) if counted else "float32"
 
 
 def _is_number(value: object) -> bool:

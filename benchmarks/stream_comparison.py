@@ -223,7 +223,8 @@ class StreamCell:
         return dict(result)
 
     def set_aside(self) -> None:
-        """Rename its results where they differ in nothing but the learning rate: another one was chosen since."""
+        """Rename its results where they differ in nothing but the learning rate: another one was chosen since. Those
+        that were set aside before and have the rate that is chosen now come back."""
         try:
             asked = json.loads(self.results.read_text(encoding="utf-8"))["asked"]
             made = {**RunConfig().to_dict(), **asked}
@@ -232,8 +233,14 @@ class StreamCell:
         wanted = self.asked()
         different = {name for name, value in wanted.items() if name not in _FREE and made[name] != value}
         if different == {"learning_rate"}:
-            rate = made["learning_rate"]
-            self.results.rename(self.results.with_name(f"{self.name}.lr={rate:g}.json.old"))
+            self.results.rename(self._aside(made["learning_rate"]))
+            back = self._aside(wanted["learning_rate"])
+            if back.is_file():
+                back.rename(self.results)
+
+    def _aside(self, rate: float) -> Path:
+        """Where its results at another rate are."""
+        return self.folder / f"{self.name}.lr={rate:g}.json.old"
 
     def _check_defaults(self, made: Mapping[str, Any]) -> None:
         """ConfigError where what was not asked for was something else when the results were made."""

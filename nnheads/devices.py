@@ -83,6 +83,15 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return resolve_precision(device) == torch.bfloat16
 
 
+def auto_precision(device: str | torch.device) -> Literal["float32", "bfloat16"]:
+    """What a precision of ``"auto"`` is on a device, by name.
+
+    Raises:
+        ConfigError: see `resolve_device`.
+    """
+    return "bfloat16" if multiplies_bfloat16(resolve_device(device)) else "float32"
+
+
 @cache
 def cpu_bfloat16() -> Literal["AMX", "AVX512_BF16", "no bfloat16"]:
     """What this processor multiplies bfloat16 with."""

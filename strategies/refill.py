@@ -11,7 +11,7 @@ from torch import Tensor
 from nnheads import distributed
 from nnheads.data import BatchLoader, ImageSet, Preprocessing
 from nnheads.devices import Precision, autocast_for
-from nnheads.headed import HeadedModel
+from nnheads.headed import HeadedModel, evaluating
 from nnheads.heads.kernel import KernelHead
 from nnheads.heads.memory_head import MemoryHead
 from nnheads.heads.nngk import NNGKHead
@@ -24,15 +24,12 @@ def embed_batches(
     model: HeadedModel, batches: Iterable[tuple[Tensor, Tensor, Tensor]], device: torch.device, precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings (n, d), labels (n,) and ids (n,) of batches (x, y, ids), with the model in evaluation mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     found = []
-    for x, y, ids in batches:
-        with autocast_for(device, precision):
-            z = distributed.features(model, x.to(device))
-        found.append((z if z.dtype == torch.float64 else z.float(), y.to(device), ids.to(device)))
-    for module, training in modes:
-        module.training = training
+    with evaluating(model):
+        for x, y, ids in batches:
+            with autocast_for(device, precision):
+                z = distributed.features(model, x.to(device))
+            found.append((z if z.dtype == torch.float64 else z.float(), y.to(device), ids.to(device)))
     if not found:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         return torch.zeros(0, model.in_features, device=device), nothing, nothing

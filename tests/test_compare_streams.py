@@ -407,6 +407,13 @@ def test_results_at_a_rate_that_is_no_longer_chosen_are_set_aside(asked: list[Ru
     assert found["learning_rates"] == {"naive": 0.3}
     assert (tmp_path / "naive-s0.lr=0.1.json.old").read_text() == before
     assert json.loads((tmp_path / "naive-s0.json").read_text())["asked"]["learning_rate"] == 0.3
+    later = (tmp_path / "naive-s0.json").read_text()
+    asked.clear()
+    compare_streams(narrow, tmp_path, resume=True)  # and back, with nothing made twice
+    assert (tmp_path / "naive-s0.json").read_text() == before
+    compare_streams(replace(narrow, extend_rates=True), tmp_path, resume=True)
+    assert (tmp_path / "naive-s0.json").read_text() == later
+    assert not asked
     with pytest.raises(ConfigError, match=r"made with learning_rate=0\.3, not 0\.1"):  # nothing was chosen here
         compare_streams(replace(plan("naive"), base=replace(BASE, learning_rate=0.1)), tmp_path, resume=True)
 
