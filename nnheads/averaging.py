@@ -27,7 +27,7 @@ class WeightAverage:
     def __init__(self, model: HeadedModel, decay: float) -> None:
         self.decay = decay
         self.steps = 0
-        self.live = nn.ModuleList([model.backbone, nn.ParameterList(model.head.parameters())])
+        self.live = _averaged_parts(model)
         self.averaged = AveragedModel(self.live, multi_avg_fn=self._average, use_buffers=True)
 
     def update(self) -> None:
@@ -36,12 +36,13 @@ class WeightAverage:
         self.steps += 1
 
     @torch.no_grad()
-    def apply(self) -> None:
-        """Puts the averaged weights into the model."""
+    def apply(self, model: HeadedModel | None = None) -> None:
+        """Puts the averaged weights into the model, or into another one like it."""
         if not self.steps:
             return
+        into = self.live if model is None else _averaged_parts(model)
         mine = chain(self.averaged.module.parameters(), self.averaged.module.buffers())
-        for target, source in zip(chain(self.live.parameters(), self.live.buffers()), mine, strict=True):
+        for target, source in zip(chain(into.parameters(), into.buffers()), mine, strict=True):
             target.copy_(source)
 
     @torch.no_grad()
@@ -56,3 +57,7 @@ class WeightAverage:
             get_ema_multi_avg_fn(decay)(averaged, current, self.steps)
         else:
             torch._foreach_copy_(averaged, current)
+
+
+def _averaged_parts(model: HeadedModel) -> nn.ModuleList:
+    return nn.ModuleList([model.backbone, nn.ParameterList(model.head.parameters())])

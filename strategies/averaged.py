@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from itertools import chain
 
-import torch
 from torch import nn
 
 from nnheads.averaging import WeightAverage
@@ -15,13 +14,7 @@ from nnheads.headed import HeadedModel
 def averaged_copy(model: HeadedModel, average: WeightAverage) -> HeadedModel:
     """A copy of a model that has the averaged weights, in evaluation mode."""
     made = copy.deepcopy(model).eval().requires_grad_(False)
-    mine = nn.ModuleList([made.backbone, nn.ParameterList(made.head.parameters())])
-    theirs = average.averaged.module
-    with torch.no_grad():
-        for target, source in zip(
-            chain(mine.parameters(), mine.buffers()), chain(theirs.parameters(), theirs.buffers()), strict=True
-        ):
-            target.copy_(source)
+    average.apply(made)
     return made
 
 
