@@ -57,6 +57,14 @@ def experiences_done(path: Path) -> int:
         return 0
 
 
+def learning_rate(path: Path) -> float | None:
+    """With which learning rate the run in a checkpoint was started; None where there is no checkpoint."""
+    try:
+        return float(json.loads((path / _META).read_text(encoding="utf-8"))["config"]["learning_rate"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def save_checkpoint(path: Path, config: RunConfig, state: RunState) -> None:
     """Replace the checkpoint in a folder: the old one or the new one is there, whole, whatever happens.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,7 +67,8 @@ def compare_streams(
             ``validation/`` with the same for the choice of learning rates.
         resume: keep the runs that ``out`` holds already, go on with interrupted ones, and leave out those that another
             process is making; without it, a folder with results, or with a run that was begun, is refused.
-        only: see `stream_cells`.
+        only: see `stream_cells`. Learning rates are tried for the rows of these runs alone; the other rows are in the
+            summary as far as theirs are chosen already.
         progress: called as the work goes on.
         finished: called with the results of each run once they are written, and how many of how many runs are done.
 
@@ -77,7 +79,7 @@ def compare_streams(
     Raises:
         ConfigError: see `StreamComparison.check` and `stream_cells`; or ``out`` holds results and ``resume`` is False,
             or they were made with other settings or of another stream. Where they were made with a learning rate that
-            is no longer the one chosen, they are set aside, as ``RUN.lr=RATE.json.old``, and made anew.
+            is no longer the one chosen, they are set aside, see `StreamCell.set_aside`, and made anew.
         DataError: the images are missing or damaged.
         CheckpointError: a file in ``out`` cannot be read.
     """
@@ -88,24 +90,37 @@ def compare_streams(
     if begun and not resume:
         raise ConfigError(f"{out} holds results already: give another --out, or --resume to finish what is there")
     check_same_comparison(out, "stream", plan.base.stream)
+    wanted = {cell.name for cell in stream_cells(plan, out, only)}
     tried: dict[str, tuple[float, ...]] = {}
     chosen: dict[str, float] = {}
+    waiting: set[str] = set()  # rows whose learning rate nobody has asked for yet
     if plan.rates:
-        tried, chosen = _pick_rates(plan, out / VALIDATION, progress, finished)
+        tried, chosen = _pick_rates(plan, _rows_of(plan, out, only), out / VALIDATION, progress, finished)
+        waiting = {variant.name for variant in plan.free_variants} - set(chosen)
         plan = plan.with_rates(chosen)
-    wanted = stream_cells(plan, out, only)
-    for cell in wanted if chosen else ():
-        cell.set_aside()
-    _make(plan, wanted, progress, finished)
-    summary = summarize_streams(plan, stream_cells(plan, out))
-    summary |= {"learning_rates": chosen, "rates": {name: list(rates) for name, rates in tried.items()}}
+    every = stream_cells(plan, out)
+    cells = [cell for cell in every if cell.variant.name not in waiting]
+    for cell in cells:
+        with exclusive(cell.lock) as mine:
+            if mine and cell.variant.name in chosen:
+                cell.set_aside()
+        cell.finished()  # what is wrong with any of them is told before hours are spent on others
+    _make([cell for cell in cells if cell.name in wanted], progress, finished)
+    summary = summarize_streams(plan, cells)
+    summary |= {
+        "runs": len(every),
+        "learning_rates": chosen,
+        "rates": {name: list(tried[name]) for name in chosen},
+    }
     write_json(out / SUMMARY, summary)
     return summary
 
 
 def all_cells(plan: StreamComparison, out: Path, only: Sequence[str] = ()) -> list[StreamCell]:
     """All runs that `compare_streams` will want, those by which learning rates are chosen included."""
-    trials = stream_cells(plan.trials(), out / VALIDATION) if plan.rates else []
+    rows = _rows_of(plan, out, only)
+    mine = replace(plan, variants=tuple(variant for variant in plan.variants if variant.name in rows))
+    trials = stream_cells(mine.trials(), out / VALIDATION) if plan.rates else []
     return trials + stream_cells(plan, out, only)
 
 
@@ -195,36 +210,52 @@ def _shared(plan: StreamComparison) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in ("strategy", "head", "memory", "seed")}
 
 
+def _rows_of(plan: StreamComparison, out: Path, only: Sequence[str]) -> set[str]:
+    """The rows that the runs wanted are part of."""
+    return {cell.variant.name for cell in stream_cells(plan, out, only)}
+
+
 def _pick_rates(
     plan: StreamComparison,
+    rows: set[str],
     folder: Path,
     progress: Progress | None,
     finished: Callable[[dict[str, Any], int, int], None] | None,
 ) -> tuple[dict[str, tuple[float, ...]], dict[str, float]]:
-    """By variant, the rates tried and the one with the best accuracy on held-out images; the lower of two as good."""
+    """By row, the rates tried and the one with the best accuracy on held-out images; the lower of two as good.
+
+    What is missing is tried for ``rows`` alone; others are chosen for where all that it takes is there.
+    """
     tried = {variant.name: tuple(sorted(plan.rates)) for variant in plan.free_variants}
     while True:
         trials = plan.trials(tried)
-        wanted = stream_cells(trials, folder)
-        _make(trials, wanted, progress, finished, wait=True)
-        found = summarize_streams(trials, wanted)
+        names = {
+            variant.name: {rate: variant.with_setting("lr", rate).name for rate in tried[variant.name]}
+            for variant in plan.free_variants
+        }
+        cells = stream_cells(trials, folder)
+        for cell in cells:
+            cell.finished()  # as above
+        wanted = {name for row in rows & names.keys() for name in names[row].values()}
+        _make([cell for cell in cells if cell.variant.name in wanted], progress, finished, wait=True)
+        found = summarize_streams(trials, cells)
         write_json(folder / SUMMARY, found)
         accuracy = {row["name"]: row["accuracy"]["mean"] for row in found["rows"]}
-        chosen = {}
-        for variant in plan.free_variants:
-            found_at = {rate: accuracy[variant.with_setting("lr", rate).name] for rate in tried[variant.name]}
-            chosen[variant.name] = max(found_at, key=found_at.__getitem__)
-        further = {name: plan.rate_beyond(rates, chosen[name]) for name, rates in tried.items()}
+        chosen = {
+            row: max(trial, key=lambda rate: accuracy[trial[rate]])
+            for row, trial in names.items()
+            if accuracy.keys() >= set(trial.values())
+        }
+        further = {row: plan.rate_beyond(tried[row], rate) for row, rate in chosen.items()}
         if not plan.extend_rates or not any(further.values()):
             return tried, chosen
-        tried = {name: tuple(sorted({*rates, further[name] or rates[0]})) for name, rates in tried.items()}
+        tried |= {row: tuple(sorted({*tried[row], rate})) for row, rate in further.items() if rate is not None}
 
 
 # ---- the work ----------------------------------------------------------------------------------------------------
 
 
 def _make(
-    plan: StreamComparison,
     cells: Sequence[StreamCell],
     progress: Progress | None,
     finished: Callable[[dict[str, Any], int, int], None] | None,
@@ -232,8 +263,6 @@ def _make(
     wait: bool = False,
 ) -> None:
     """Makes the runs that are missing; those that another process makes are left to it, or waited for."""
-    for cell in cells:
-        cell.finished()  # told before hours are spent on others
     missing = [cell for cell in cells if not cell.results.is_file()]
     while missing:
         left = []

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, final
 
+from nnheads.benchmarks.checkpoint import learning_rate
 from nnheads.benchmarks.config import RunConfig, changed_settings
 from nnheads.benchmarks.specs import stream_spec
 from nnheads.benchmarks.variants import Variant
@@ -223,24 +224,26 @@ class StreamCell:
         return dict(result)
 
     def set_aside(self) -> None:
-        """Rename its results where they differ in nothing but the learning rate: another one was chosen since. Those
-        that were set aside before and have the rate that is chosen now come back."""
+        """Rename what was made with another learning rate, where one was chosen since.
+
+        Results that differ in nothing else become ``RUN.lr=RATE.json.old``, an interrupted run
+        ``.RUN.lr=RATE.checkpoint.old``. What was set aside before and has the rate that is chosen now comes back.
+        """
+        rate = self.config.learning_rate
+        if rate is None:
+            return
         try:
             asked = json.loads(self.results.read_text(encoding="utf-8"))["asked"]
             made = {**RunConfig().to_dict(), **asked}
         except (OSError, ValueError, KeyError, TypeError):
-            return  # none, or `finished` tells what is wrong with them
-        wanted = self.asked()
-        different = {name for name, value in wanted.items() if name not in _FREE and made[name] != value}
-        if different == {"learning_rate"}:
-            self.results.rename(self._aside(made["learning_rate"]))
-            back = self._aside(wanted["learning_rate"])
-            if back.is_file():
-                back.rename(self.results)
-
-    def _aside(self, rate: float) -> Path:
-        """Where its results at another rate are."""
-        return self.folder / f"{self.name}.lr={rate:g}.json.old"
+            pass  # none, or `finished` tells what is wrong with them
+        else:
+            different = {name for name, value in self.asked().items() if name not in _FREE and made[name] != value}
+            if different == {"learning_rate"}:
+                _swap(self.results, made["learning_rate"], rate)
+        begun = learning_rate(self.checkpoint)
+        if begun is not None and begun != rate:
+            _swap(self.checkpoint, begun, rate)
 
     def _check_defaults(self, made: Mapping[str, Any]) -> None:
         """ConfigError where what was not asked for was something else when the results were made."""
@@ -258,6 +261,17 @@ class StreamCell:
     def asked(self) -> dict[str, Any]:
         """Its settings as JSON has them."""
         return _as_json(self.config)
+
+
+def _swap(path: Path, made: float, wanted: float) -> None:
+    """Set aside what was made with one learning rate, and put back what was set aside with another, if it was."""
+
+    def aside(rate: float) -> Path:
+        return path.with_name(f"{path.stem}.lr={rate:g}{path.suffix}.old")
+
+    path.rename(aside(made))
+    if aside(wanted).exists():
+        aside(wanted).rename(path)
 
 
 def _as_json(config: RunConfig) -> dict[str, Any]:

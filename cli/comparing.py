@@ -107,7 +107,11 @@ def compare(
     ] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="RUN", help="Make these runs alone, as 'replay-*-s0'; may be given again."),
+        typer.Option(
+            "--only",
+            metavar="RUN",
+            help="Make these runs alone, as 'replay-*-s0', and try rates for their rows alone; may be given again.",
+        ),
     ] = None,
     plots: options.Plots = True,
     as_json: options.AsJson = False,

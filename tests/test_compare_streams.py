@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import nnheads.benchmarks.runner
+from nnheads.benchmarks.checkpoint import experiences_done
 from nnheads.benchmarks.compare import compare
 from nnheads.benchmarks.compare_streams import MEASURES, all_cells, compare_streams, summarize_streams
 from nnheads.benchmarks.comparison import CompareConfig
@@ -397,6 +398,65 @@ def test_rates_beyond_the_grid_are_tried_until_the_best_is_not_at_its_end(
 )
 def test_the_rate_beyond_a_grid(rates: tuple[float, ...], best: float, further: float | None) -> None:
     assert plan("replay", rates=rates, extend_rates=True).rate_beyond(rates, best) == further
+
+
+def test_rates_are_tried_for_the_rows_of_the_runs_wanted_alone(asked: list[RunConfig], tmp_path: Path) -> None:
+    comparison = replace(
+        plan("replay", "naive", "er-ace", memory=(50,), seeds=(0, 1), rates=(0.03, 0.1), extend_rates=True),
+        base=replace(BASE, validation=0.1),
+    )
+    assert len(all_cells(comparison, tmp_path, ["naive-s0"])) == 2 + 1
+    found = compare_streams(comparison, tmp_path, only=["naive-s0"])
+    assert {c.strategy for c in asked} == {"naive"}
+    assert (found["learning_rates"], found["rates"]) == ({"naive": 0.3}, {"naive": [0.03, 0.1, 0.3, 1.0]})
+    assert (found["finished"], found["runs"]) == (1, 6)
+    asked.clear()
+    found = compare_streams(comparison, tmp_path, resume=True, only=["er-*"])  # what was found before stays
+    assert {c.strategy for c in asked} == {"er-ace"}
+    assert [(row["name"], row["seeds"]) for row in found["rows"]] == [("naive", [0]), ("er-ace", [0, 1])]
+    assert found["learning_rates"] == {"naive": 0.3, "er-ace": 0.03}
+    trials = json.loads((tmp_path / "validation" / "summary.json").read_text())
+    assert {row["strategy"] for row in trials["rows"]} == {"naive", "er-ace"}
+    asked.clear()
+    whole = compare_streams(comparison, tmp_path, resume=True)
+    assert sum(c.validation is None for c in asked) == 3
+    assert (whole["finished"], list(whole["learning_rates"])) == (6, ["replay", "naive", "er-ace"])
+
+
+def test_a_rate_that_is_no_longer_chosen_concerns_the_whole_row(asked: list[RunConfig], tmp_path: Path) -> None:
+    narrow = replace(plan("naive", seeds=(0, 1), rates=(0.03, 0.1)), base=replace(BASE, validation=0.1))
+    compare_streams(narrow, tmp_path)
+    found = compare_streams(replace(narrow, extend_rates=True), tmp_path, resume=True, only=["naive-s1"])
+    assert [row["seeds"] for row in found["rows"]] == [[1]]
+    assert sorted(file.name for file in tmp_path.glob("*.old")) == [
+        "naive-s0.lr=0.1.json.old",
+        "naive-s1.lr=0.1.json.old",
+    ]
+    asked.clear()
+    (tmp_path / "naive-s0.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):  # before a run is made
+        compare_streams(replace(narrow, seeds=(0, 1, 2)), tmp_path, resume=True, only=["naive-s2"])
+    assert not asked
+
+
+def test_a_run_interrupted_at_a_rate_that_is_no_longer_chosen_is_set_aside(
+    asked: list[RunConfig], tmp_path: Path
+) -> None:
+    narrow = replace(plan("naive", rates=(0.03, 0.1)), base=replace(BASE, validation=0.1))
+    checkpoint = tmp_path / ".naive-s0.checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "run.json").write_text(json.dumps({"config": {"learning_rate": 0.1}, "matrix": [[1.0]]}))
+    compare_streams(replace(narrow, extend_rates=True), tmp_path, resume=True)
+    assert json.loads((tmp_path / "naive-s0.json").read_text())["asked"]["learning_rate"] == 0.3
+    aside = tmp_path / ".naive-s0.lr=0.1.checkpoint.old"
+    assert (aside / "run.json").is_file()
+    assert not checkpoint.exists()
+    [cell] = stream_cells(narrow.with_rates({"naive": 0.1}), tmp_path)
+    checkpoint.mkdir()
+    (checkpoint / "run.json").write_text(json.dumps({"config": {"learning_rate": 0.3}, "matrix": []}))
+    cell.set_aside()  # and back
+    assert experiences_done(checkpoint) == 1
+    assert not aside.exists()
 
 
 def test_results_at_a_rate_that_is_no_longer_chosen_are_set_aside(asked: list[RunConfig], tmp_path: Path) -> None:
