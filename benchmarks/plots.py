@@ -132,8 +132,7 @@ def curves_figure(summary: dict[str, Any]) -> Figure:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy on all classes seen (%)")
     handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    fewer = {row["name"]: row["seeds"] for row in rows if len(row["seeds"]) < len(summary["seeds"])}
-    titles = [f"{n} (seed {', '.join(map(str, fewer[n]))} alone)" if n in fewer else n for n in names]
+    titles = [name + _seeds_alone([row for row in rows if row["name"] == name], summary["seeds"]) for name in names]
     fitting = int(13 * figure.get_figwidth()) // (max(map(len, titles)) + 6)  # letters an inch, a line and its marker
     columns = max(1, min(3, len(names), fitting))
     figure.legend([handles[name] for name in names], titles, loc="outside lower center", ncols=columns, fontsize=8)
@@ -143,6 +142,16 @@ def curves_figure(summary: dict[str, Any]) -> Figure:
     title = f"{summary['stream']}, {summary['settings']['scenario']}-incremental: {shown}{held}"
     figure.suptitle(wrapped_title(title, figure.get_figwidth()), fontsize=11)
     return figure
+
+
+def _seeds_alone(rows: list[dict[str, Any]], seeds: list[int]) -> str:
+    """What is to be said of a strategy some of whose seeds are not finished, with which memory where that differs."""
+    fewer = {row["memory"]: ", ".join(map(str, row["seeds"])) for row in rows if len(row["seeds"]) < len(seeds)}
+    if not fewer:
+        return ""
+    if len(fewer) == len(rows) and len(set(fewer.values())) == 1:
+        return f" (seed {next(iter(fewer.values()))} alone)"
+    return f" ({'; '.join(f'with {memory} seed {found} alone' for memory, found in fewer.items())})"
 
 
 def _styles(count: int, colours: Any) -> list[tuple[Any, str, str]]:

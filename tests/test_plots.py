@@ -101,6 +101,12 @@ def test_curves_have_a_panel_for_each_memory_and_a_line_for_each_row() -> None:
     assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in small.lines}) == 3
 
 
+def test_the_legend_says_with_which_memory_seeds_are_missing() -> None:
+    rows = [{**row, "seeds": [0]} if (row["name"], row["memory"]) == ("replay", 50) else row for row in SUMMARY["rows"]]
+    [legend] = plots.curves_figure({**SUMMARY, "rows": rows}).legends
+    assert legend.get_texts()[0].get_text() == "replay (with 50 seed 0 alone)"
+
+
 def test_files(tmp_path: Path) -> None:
     made = plots.plot_run(RESULTS, tmp_path) + plots.plot_comparison(SUMMARY, tmp_path)
     assert [path.name for path in made] == ["matrix.png", "centers.png", "curves.png"]
