@@ -90,22 +90,24 @@ def compare_streams(
     if begun and not resume:
         raise ConfigError(f"{out} holds results already: give another --out, or --resume to finish what is there")
     check_same_comparison(out, "stream", plan.base.stream)
-    wanted = {cell.name for cell in stream_cells(plan, out, only)}
+    wanted = stream_cells(plan, out, only)
+    names, rows = {cell.name for cell in wanted}, {cell.variant.name for cell in wanted}
     tried: dict[str, tuple[float, ...]] = {}
     chosen: dict[str, float] = {}
     waiting: set[str] = set()  # rows whose learning rate nobody has asked for yet
     if plan.rates:
-        tried, chosen = _pick_rates(plan, _rows_of(plan, out, only), out / VALIDATION, progress, finished)
+        tried, chosen = _pick_rates(plan, rows, out / VALIDATION, progress, finished)
         waiting = {variant.name for variant in plan.free_variants} - set(chosen)
         plan = plan.with_rates(chosen)
     every = stream_cells(plan, out)
     cells = [cell for cell in every if cell.variant.name not in waiting]
     for cell in cells:
-        with exclusive(cell.lock) as mine:
-            if mine and cell.variant.name in chosen:
-                cell.set_aside()
-        cell.finished()  # what is wrong with any of them is told before hours are spent on others
-    _make([cell for cell in cells if cell.name in wanted], progress, finished)
+        if cell.variant.name in chosen:
+            with exclusive(cell.lock) as mine:
+                if mine:
+                    cell.set_aside()
+    _check(cells)
+    _make([cell for cell in cells if cell.name in names], progress, finished)
     summary = summarize_streams(plan, cells)
     summary |= {
         "runs": len(every),
@@ -118,10 +120,11 @@ def compare_streams(
 
 def all_cells(plan: StreamComparison, out: Path, only: Sequence[str] = ()) -> list[StreamCell]:
     """All runs that `compare_streams` will want, those by which learning rates are chosen included."""
-    rows = _rows_of(plan, out, only)
+    wanted = stream_cells(plan, out, only)
+    rows = {cell.variant.name for cell in wanted}
     mine = replace(plan, variants=tuple(variant for variant in plan.variants if variant.name in rows))
     trials = stream_cells(mine.trials(), out / VALIDATION) if plan.rates else []
-    return trials + stream_cells(plan, out, only)
+    return trials + wanted
 
 
 def summarize_streams(plan: StreamComparison, cells: Sequence[StreamCell]) -> dict[str, Any]:
@@ -210,11 +213,6 @@ def _shared(plan: StreamComparison) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in ("strategy", "head", "memory", "seed")}
 
 
-def _rows_of(plan: StreamComparison, out: Path, only: Sequence[str]) -> set[str]:
-    """The rows that the runs wanted are part of."""
-    return {cell.variant.name for cell in stream_cells(plan, out, only)}
-
-
 def _pick_rates(
     plan: StreamComparison,
     rows: set[str],
@@ -234,8 +232,7 @@ def _pick_rates(
             for variant in plan.free_variants
         }
         cells = stream_cells(trials, folder)
-        for cell in cells:
-            cell.finished()  # as above
+        _check(cells)
         wanted = {name for row in rows & names.keys() for name in names[row].values()}
         _make([cell for cell in cells if cell.variant.name in wanted], progress, finished, wait=True)
         found = summarize_streams(trials, cells)
@@ -253,6 +250,12 @@ def _pick_rates(
 
 
 # ---- the work ----------------------------------------------------------------------------------------------------
+
+
+def _check(cells: Sequence[StreamCell]) -> None:
+    """Raise what is wrong with any finished run, before hours are spent on others."""
+    for cell in cells:
+        cell.finished()
 
 
 def _make(
