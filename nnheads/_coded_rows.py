@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._lasting import lasting
 from ._rows import ColumnWidth, Rows
 from .coding import MIN_ROWS, Coder, Coding
 
@@ -80,7 +81,7 @@ class CodedRows(Rows):
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @lasting
     def expand(self) -> None:
         """Keep keys as they come until `compress`, as they are about to be written anew; nothing without a coding."""
         if self.coder is None:
@@ -91,7 +92,7 @@ class CodedRows(Rows):
             self._hold(keys, self.codes.new_zeros(0, 0))
         self._expanded, self._came = True, []
 
-    @torch.no_grad()
+    @lasting
     def replace_keys(self, keys: Tensor) -> None:
         """Other keys (len, d) for all samples held; after `expand`, where there is a coding."""
         assert not self.coded, "codes are written one by one"
@@ -99,7 +100,7 @@ class CodedRows(Rows):
         held[: self._count] = keys
         self.keys, self._changed = held, None
 
-    @torch.no_grad()
+    @lasting
     def compress(self) -> None:
         """Turn keys into codes; nothing without a coding. Codebooks that do not fit any more are trained anew."""
         if self.coder is None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nnheads._exact import l1_nearest, products_nearest
 from nnheads._faiss import faiss_nearest
+from nnheads._lasting import lasting
 from nnheads.errors import ConfigError, EmptyMemoryError, ShapeError, unknown_name
 
 Metric = Literal["l2", "l1", "cosine"]
@@ -56,6 +57,7 @@ class Index(ABC):
         """Whether ``build`` was called (a copy or a pickle of a built index is not built)."""
         return self._source is not None
 
+    @lasting
     def build(self, keys: Tensor, active: Tensor | None = None) -> None:
         """Take the keys to search, by reference.
 
@@ -79,6 +81,7 @@ class Index(ABC):
         self._keys = unit_rows(source) if self.metric == "cosine" else source
         self._changed(None)
 
+    @lasting
     def update(self, rows: Tensor) -> None:
         """Tell the index that these rows, or their active flags, were changed in place.
 
@@ -100,6 +103,7 @@ class Index(ABC):
             self._keys[rows] = unit_rows(source[rows])
         self._changed(rows)
 
+    @lasting
     def grow(self, keys: Tensor, active: Tensor | None = None) -> None:
         """Take longer tensors that begin with the rows there are; the others are hidden until ``update`` names them.
 

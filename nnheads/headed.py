@@ -178,13 +178,17 @@ class HeadedModel(OpenedModel):
         with evaluating(self):
             self.head.begin_refresh(replace=replace)
             position, device = 0, self.device
-            for batch in loader:
-                x, y, ids = unpack(batch, loader, position)
-                position += len(y)
-                with torch.inference_mode():
-                    z = distributed.features(self, x.to(device))
-                z = z.clone()  # an ordinary tensor: the head may keep what it is given
-                self.head.memorize(z, y.to(device), ids=ids.to(device))
+            try:
+                for batch in loader:
+                    x, y, ids = unpack(batch, loader, position)
+                    position += len(y)
+                    with torch.inference_mode():
+                        z = distributed.features(self, x.to(device))
+                    z = z.clone()  # an ordinary tensor: the head may keep what it is given
+                    self.head.memorize(z, y.to(device), ids=ids.to(device))
+            except BaseException:
+                self.head.abandon_refresh()
+                raise
             self.head.refreshed()
         return self
 

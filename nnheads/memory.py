@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._coded_rows import QUANTIZER, CodedRows
+from ._lasting import lasting
 from ._rows import NEXT_ID, ColumnWidth
 from .errors import ShapeError
 
@@ -45,7 +46,7 @@ class Memory(CodedRows):
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @lasting
     def add(self, keys: Tensor, labels: Tensor, ids: Tensor | None = None) -> Tensor:
         """Add samples; an id that is already held, or stands twice, has its row replaced (the last one counts).
 
@@ -108,14 +109,14 @@ class Memory(CodedRows):
         self._tend()
         return given
 
-    @torch.no_grad()
+    @lasting
     def write(self, rows: Tensor, keys: Tensor) -> None:
         """Overwrite the keys of rows (n,) with (n, d) values; labels stay. For training loops: nothing is checked."""
         self._put(rows, keys.to(self.keys.dtype))
         self.touch(rows)
         self._tend()
 
-    @torch.no_grad()
+    @lasting
     def drop(self, ids: Tensor, *, reuse_ids: bool = False) -> None:
         """Forget samples. Their rows are overwritten and the space behind the last row is zeroed.
 
@@ -149,7 +150,7 @@ class Memory(CodedRows):
             self._next_id = max(above_held, min(self._next_id, int(ids.min())))
         self._moved()
 
-    @torch.no_grad()
+    @lasting
     def relabel(self, ids: Tensor, values: Tensor) -> None:
         """Give samples a soft label: ids (n,), values (n, C) distributions. The label first given is kept beside it.
 
@@ -172,7 +173,7 @@ class Memory(CodedRows):
             self.soft_row[rows] = at
         self.soft[at] = values
 
-    @torch.no_grad()
+    @lasting
     def clear(self) -> None:
         """Forget every sample, and codebooks, and release the space."""
         for name in [*self._row_buffers(), "active", "soft"]:
@@ -185,7 +186,7 @@ class Memory(CodedRows):
         self._moved()
         self._changed = None
 
-    @torch.no_grad()
+    @lasting
     def widen(self, num_classes: int) -> None:
         """Make room for more classes; soft labels and per-class columns get zeros for the new ones."""
         more = num_classes - self.num_classes

@@ -194,6 +194,33 @@ def test_pca_keeps_the_main_axes() -> None:
     torch.testing.assert_close(kept, whole, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("far", [0.0, 100.0])
+def test_a_sum_over_all_centers_is_exact_far_from_the_origin(far: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    z, y = far + 0.1 * torch.randn(200, 64, generator=draw), torch.arange(200) % 3
+    queries = far + 0.1 * torch.randn(50, 64, generator=draw)
+    head = build_head("kernel", 64, 3, k=None)
+    assert isinstance(head, MemoryHead)
+    head.memorize(z, y, ids=torch.arange(200))
+    head.refreshed()
+    sq = (queries.double().unsqueeze(1) - z.double()).square().sum(2)
+    sigma = head.state_dict()["width.value"].double()
+    exact = ((sq / (-2 * sigma**2)).exp() @ F.one_hot(y, 3).double()).log_softmax(1)
+    assert (head.eval()(queries) - exact).abs().max() < 1e-5
+
+
+def test_the_width_is_chosen_for_as_many_neighbours_as_vote() -> None:
+    draw = torch.Generator().manual_seed(0)
+    z, y = torch.randn(400, 8, generator=draw), torch.arange(400) % 2
+    widths = []
+    for k in (None, 20):  # the root of 400
+        head = build_head("nca", 8, 2, vote="gaussian", k=k)
+        head.memorize(z, y, ids=torch.arange(400))
+        head.refreshed()
+        widths.append(float(head.state_dict()["width.value"]))
+    assert widths[0] == widths[1]
+
+
 def test_training_without_ids_warns_once() -> None:
     head, z, y, _ = make("nngk", k=3)
     with pytest.warns(UserWarning, match="trains without ids"):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._lasting import lasting
 from ..errors import ConfigError, ShapeError
 from .scaling import scaled
 
@@ -152,10 +154,13 @@ class Head(nn.Module, ABC):
                 the same samples embedded anew, which keep their soft labels and weights.
         """
 
+    def abandon_refresh(self) -> None:
+        """Called in place of `refreshed` where an error or Ctrl-C came between; what was embedded so far stays."""
+
     def refreshed(self) -> None:
         """Called after all stored samples were embedded anew. No-op without memory."""
 
-    @torch.no_grad()
+    @lasting
     def widen(self, num_classes: int) -> None:
         """Make room for classes up to ``num_classes``; never narrows. New parameters need a new optimizer entry."""
         self.num_classes = max(self.num_classes, num_classes)
@@ -169,6 +174,10 @@ class Head(nn.Module, ABC):
             {"params": plain, "lr": lr, "weight_decay": 0.0},
         ]
         return [g for g in groups if g["params"]]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # A head computes in float32 where its model is cast to half precision.
+        return cast(Self, super()._apply(partial(_applied, fn), recurse))  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A head may have been saved before there were any.
@@ -216,6 +225,12 @@ class Head(nn.Module, ABC):
     def _widen_to(self, y: Tensor) -> None:
         if len(y):
             self.widen(y.shape[1] if y.dim() == 2 else int(y.max()) + 1)
+
+
+def _applied(fn: Callable[..., Tensor], tensor: Tensor) -> Tensor:
+    made = fn(tensor)
+    narrower = made.is_floating_point() and made.element_size() < 4 <= tensor.element_size()
+    return tensor.to(made.device) if narrower else made
 
 
 def nll(log_probs: Tensor, y: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._lasting import lasting
 from .base import Head, one_of, positive
 from .registry import register_head
 
@@ -60,7 +61,7 @@ class DenseHead(Head):
         logits: Tensor = self.output(self.layers(z.to(weight.dtype)))
         return logits.log_softmax(-1)
 
-    @torch.no_grad()
+    @lasting
     def widen(self, num_classes: int) -> None:
         super().widen(num_classes)
         self.output = wider(self.output, self.num_classes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._lasting import lasting
 from .base import nll
 from .dense import wider
 
@@ -34,7 +35,7 @@ class DenseObjective(nn.Module):
         logits: Tensor = self.layer(z.to(self.layer.weight.dtype))
         return nll(logits.masked_fill(~self.seen, -1e4).log_softmax(-1), y)
 
-    @torch.no_grad()
+    @lasting
     def widen(self, num_classes: int) -> None:
         """Make room for more classes."""
         more = num_classes - len(self.seen)

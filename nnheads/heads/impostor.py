@@ -96,6 +96,10 @@ class ImpostorHead(KernelVoteHead):
     def moves(self) -> bool:
         return self.centers == "tied"
 
+    @property
+    def anchored(self) -> bool:
+        return self.centers == "loose"
+
     def config(self) -> dict[str, Any]:
         return {
             "k": self.k,

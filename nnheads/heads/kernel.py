@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._lasting import lasting
 from ..functional import kernel_log_weights, kernel_neuron, nearest_sigma, squared_distances
 from ..index import Engine
 from .base import positive
@@ -103,7 +104,7 @@ class KernelHead(MemoryHead):
         self.memory.column("alpha")[rows] = self.alpha * self.memory.values_at(rows)
         return held
 
-    @torch.no_grad()
+    @lasting
     def widen(self, num_classes: int) -> None:
         super().widen(num_classes)
         if self.num_classes > len(self.bias):
@@ -153,7 +154,10 @@ class KernelHead(MemoryHead):
     def _over_all(self, z: Tensor, ids: Tensor | None) -> Tensor:
         """Logits over all centers, each gathered once for the whole batch."""
         rows = torch.arange(len(self.memory), device=z.device)
-        kernels = self._kernels(torch.cdist(z, self._centers(rows, len(z))).square())
+        centers = self._centers(rows, len(z))
+        # Distances come from a product of matrices, which loses small ones where all are far from the origin.
+        origin = centers.detach().mean(0)
+        kernels = self._kernels(torch.cdist(z - origin, centers - origin).square())
         if ids is not None:
             own = (rows == self.memory.rows_of(ids).unsqueeze(-1)).any(1)
             kernels = kernels.masked_fill(own, 0)

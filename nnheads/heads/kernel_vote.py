@@ -8,6 +8,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
+from .._lasting import lasting
 from ..coding import Coding
 from ..errors import ConfigError
 from ..functional import floored_log_probs, kernel_log_weights, log_shares, squared_distances
@@ -99,7 +100,7 @@ class KernelVoteHead(MemoryHead):
             dense: Tensor = self.dense(z, y)
         return (1 - self.auxiliary) * vote + self.auxiliary * dense
 
-    @torch.no_grad()
+    @lasting
     def widen(self, num_classes: int) -> None:
         super().widen(num_classes)
         if self.dense is not None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._lasting import lasting
 from ..coding import ROTATION
 from ..errors import ConfigError
 from ..functional import Metric, Vote
@@ -111,6 +112,10 @@ class KNNHead(VotingHead):
         if self.pca:
             self._waiting = []
 
+    def abandon_refresh(self) -> None:
+        self._waiting = None
+        super().abandon_refresh()
+
     @torch.no_grad()
     def refreshed(self) -> None:
         """Fit the projection and choose the width of the vote from the samples stored."""
@@ -122,7 +127,7 @@ class KNNHead(VotingHead):
                 self.memorize(z, y, ids=ids)
         super().refreshed()
 
-    @torch.no_grad()
+    @lasting
     def widen(self, num_classes: int) -> None:
         super().widen(num_classes)
         self.dense.widen(self.num_classes)

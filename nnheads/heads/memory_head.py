@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
+from .._lasting import lasting
 from ..coding import Coding
 from ..errors import EmptyMemoryError, ShapeError
 from ..functional import neighbor_distances
@@ -47,6 +48,11 @@ class MemoryHead(SearchingHead):
         return True
 
     @property
+    def anchored(self) -> bool:
+        """Whether trained centers are held near their samples, and are put back to them when training ends."""
+        return False
+
+    @property
     def bytes(self) -> int:
         """Bytes of the memory, and of what maps embeddings to its keys where that depends on the samples stored."""
         return self.memory.bytes
@@ -70,6 +76,10 @@ class MemoryHead(SearchingHead):
     def begin_refresh(self, *, replace: bool = False) -> None:
         self._refreshing = not replace
         self.memory.expand()
+
+    def abandon_refresh(self) -> None:
+        self._refreshing = False
+        self.memory.compress()
 
     def refreshed(self) -> None:
         self._refreshing = False
@@ -115,7 +125,7 @@ class MemoryHead(SearchingHead):
         self.memory.drop(sample_ids(ids))
         self._sampled = None  # may hold keys of theirs
 
-    @torch.no_grad()
+    @lasting
     def widen(self, num_classes: int) -> None:
         super().widen(num_classes)
         self.memory.widen(self.num_classes)

@@ -100,6 +100,10 @@ class RegressionHead(MemoryHead):
         super().begin_refresh(replace=replace)
         self._waiting = []
 
+    def abandon_refresh(self) -> None:
+        self._waiting = None
+        super().abandon_refresh()
+
     @torch.no_grad()
     def refreshed(self) -> None:
         """Keep a class-balanced set of centers, choose the widths and what else follows from the samples."""

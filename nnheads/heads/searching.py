@@ -96,9 +96,9 @@ class SearchingHead(Head):
         return rows.gather(1, order).masked_fill(mine.gather(1, order), -1)
 
     @torch.no_grad()
-    def _stored_distances(self) -> Tensor:
+    def _stored_distances(self, k: int | None = None) -> Tensor:
         """Squared distances (n, k) of some stored samples to their neighbours, leave-one-out, nearest first."""
-        k = min(self.k, len(self.memory) - 1)
+        k = min(self.k if k is None else k, len(self.memory) - 1)
         if k < 1:
             return self.memory.keys.new_zeros(0, 1)
         if self._sampled is not None:
@@ -124,17 +124,26 @@ class SearchingHead(Head):
             return self._index
         if self._index is None or isinstance(self._index, CodeIndex):
             self._index, self._indexed = build_index(self.engine, self.metric), None
+        try:
+            self._follow(self._index)
+        except BaseException:
+            self._indexed = None  # what has changed is known no more: the next search builds it anew
+            raise
+        return self._index
+
+    def _follow(self, index: Index) -> None:
+        """Have the index follow what changed in the memory."""
+        memory = self.memory
         grown_from = memory.grown_from
         changed = memory.take_changes()
         if changed is not None and self._indexed is not None and grown_from == id(self._indexed):
-            self._index.grow(memory.keys, memory.active)
+            index.grow(memory.keys, memory.active)
             self._indexed = memory.keys
-        if changed is None or self._indexed is not self.memory.keys:
-            self._index.build(self.memory.keys, self.memory.active)
-            self._indexed = self.memory.keys
+        if changed is None or self._indexed is not memory.keys:
+            index.build(memory.keys, memory.active)
+            self._indexed = memory.keys
         elif len(changed):
-            self._index.update(changed)
-        return self._index
+            index.update(changed)
 
     def _warn_without_ids(self) -> None:
         if not self._warned and self.trains_with == "output":

@@ -76,7 +76,7 @@ class VotingHead(MemoryHead):
         """Choose the width of a Gaussian vote from the samples stored."""
         super().refreshed()
         if self.vote == "gaussian":
-            self.width.choose(self._stored_distances(), len(self.memory))
+            self.width.choose(self._stored_distances(self._votes()), len(self.memory))
 
     def _votes(self) -> int:
         """Number of neighbours that vote."""
@@ -84,7 +84,7 @@ class VotingHead(MemoryHead):
 
     def _log_weights(self, z: Tensor, rows: Tensor) -> Tensor:
         if self.vote == "gaussian" and self.width.wanted(len(self.memory)):
-            self.width.choose(self._stored_distances(), len(self.memory))
+            self.width.choose(self._stored_distances(self._votes()), len(self.memory))
         if self.vote == "uniform":  # all alike, however far away
             return vote_log_weights(torch.zeros(rows.shape, dtype=z.dtype, device=z.device), rows >= 0)
         distances = neighbor_distances(z, self.memory.keys_at(rows), self.metric)

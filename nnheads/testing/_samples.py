@@ -27,6 +27,7 @@ from ._material import (
     new_head,
     samples,
     state_of,
+    train,
     trained_head,
     unchanged,
 )
@@ -166,6 +167,57 @@ def _add_and_drop(name: str, options: dict[str, Any]) -> None:
     head.drop(ids[9:])
     expect(len(head.memory) == 0, "not empty after dropping everything")
     expect_same(head(z), torch.full((len(z), head.num_classes), -math.log(head.num_classes)), "emptied", 1e-5)
+
+
+@contract_check
+def _inference_mode(name: str, options: dict[str, Any]) -> None:
+    """What was answered, learned or forgotten under `torch.inference_mode` can be changed outside of it."""
+    for inside in range(4):
+        head, z, y, ids = filled_head(name, options)
+        if not isinstance(head, MemoryHead):
+            return
+        head = pickle.loads(pickle.dumps(head)).eval()  # as loaded: nothing was searched yet
+        with torch.inference_mode():
+            head(z)
+            if inside == 1:
+                head.add(z.repeat(9, 1) + 1, y.repeat(9))
+            elif inside == 2:
+                head.drop(ids[:5])
+            elif inside == 3:
+                head.widen(NUM_CLASSES + 1)
+        head.drop(ids[5:9])
+        head.add(z[9:12], y[9:12], ids[9:12])
+        train(head, z, y, ids, steps=1)
+        out, near = head.eval()(z), head.neighbors(z, k=1).ids
+        again = new_head(name, head.config(), classes=head.num_classes)
+        again.load_state_dict(head.state_dict())
+        expect_same(out, again.eval()(z), "changed after inference mode", 1e-5)
+        expect(not bool(torch.isin(near, ids[5:9]).any()), "a sample dropped after inference mode is found")
+
+
+@contract_check
+def _half_precision(name: str, options: dict[str, Any]) -> None:
+    """In a model that is cast to half precision a head answers as before, to the bit."""
+    head, z, _, _ = trained_head(name, options)
+    out = head(z)
+    for dtype in (torch.float16, torch.bfloat16):
+        expect_same(head.to(dtype)(z), out, f"after .to({dtype})")
+        expect(head(z.to(dtype)).dtype == torch.float32, f"{dtype} embeddings must give float32")
+
+
+@contract_check
+def _abandoned_refresh(name: str, options: dict[str, Any]) -> None:
+    """After a refresh that was broken off samples are stored as ever."""
+    head, z, y, ids = filled_head(name, options)
+    if not isinstance(head, MemoryHead):
+        return
+    head.begin_refresh()
+    head.memorize(z[:4], y[:4], ids=ids[:4])
+    head.abandon_refresh()
+    new = ids.max() + 1 + torch.arange(2)
+    head.memorize(z[:2] + 1, y[:2], ids=new)
+    expect(bool((head.memory.rows_of(new) >= 0).all()), "a sample given after it is not stored")
+    expect_log_probs(head.eval()(z), len(z))
 
 
 @contract_check
