@@ -17,6 +17,11 @@ def unpack(batch: Any, loader: Iterable[Any], position: int) -> tuple[Tensor, Te
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3) or not isinstance(batch[0], Tensor):
         raise DataError("memorize: a batch must be (x, y) or (x, y, ids) with a tensor x; see nnheads.with_ids")
     x, y = batch[0], torch.as_tensor(batch[1])
+    if not y.dim():
+        raise DataError(
+            f"memorize: {type(loader).__name__} yields single samples, not batches: give "
+            "DataLoader(dataset, batch_size=...), or call nnheads.fit(model, dataset, epochs=0)"
+        )
     if len(batch) == 2:
         if _shuffles(loader):
             raise DataError(

@@ -15,7 +15,7 @@ from typing import Any, Protocol, final, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from nnheads.errors import ConfigError, DataError, ShapeError
 from nnheads.preprocessing import (
@@ -269,9 +269,12 @@ class WithIds(Dataset[tuple[Any, Any, int]]):
 def with_ids(dataset: Dataset[Any]) -> Dataset[Any]:
     """Wraps a map-style data set of ``(x, y)`` so that it yields ``(x, y, id)``, the id being the position.
 
-    An `ImageSet` or an already wrapped data set comes back as it is.
+    An `ImageSet`, an already wrapped data set, and a ``Subset`` of either, come back as they are.
     """
-    if isinstance(dataset, ImageSet | WithIds):
+    whole = dataset
+    while isinstance(whole, Subset):
+        whole = whole.dataset
+    if isinstance(whole, ImageSet | WithIds):
         return dataset
     return WithIds(dataset)
 

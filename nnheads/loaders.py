@@ -8,7 +8,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SubsetRandomSampler, default_collate
 
 from nnheads.data import Augmentation, BatchLoader, ImageSet, WithIds, get_augmentation, leaves_one, with_ids
 from nnheads.errors import ConfigError, DataError, ShapeError
@@ -151,6 +151,9 @@ def training_batches(data: Data, target: Target, *, batch_size: int, augment: st
 def ordered_batches(data: Data, target: Target, *, batch_size: int = 512, most: int | None = None) -> Batches:
     """Every sample once, in order and without our augmentation; transforms inside a data set stay what they are.
 
+    Of a loader with a ``SubsetRandomSampler``, or with a list of positions as its sampler, those are the samples; other
+    samplers only say how often a sample comes in training.
+
     Args:
         data: as in `training_batches`; the same samples get the same ids.
         target: see `Target`.
@@ -168,7 +171,7 @@ def ordered_batches(data: Data, target: Target, *, batch_size: int = 512, most: 
         )
         return Batches(images, target)
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-        order: Sequence[int] = _order(data.dataset, most)
+        order: Sequence[int] = _order(data.dataset, most, _drawn_from(data))
         same: DataLoader[Any] = DataLoader(
             _with_ids(data.dataset),
             max(data.batch_size or 1, 128),
@@ -259,12 +262,35 @@ def _with_ids(dataset: Dataset[Any]) -> Dataset[Any]:
     return dataset if _has_ids(dataset) else with_ids(dataset)
 
 
-def _order(dataset: Dataset[Any], most: int | None) -> Sequence[int]:
-    count = _count(dataset)
-    if most is None or most >= count:
-        return range(count)
-    order: list[int] = torch.randperm(count)[:most].tolist()
-    return order
+def samples_in(data: Data) -> int:
+    """How many samples `ordered_batches` visits; 0 where that is not known beforehand."""
+    if isinstance(data, BatchLoader):
+        return len(data.data)
+    if isinstance(data, DataLoader):
+        drawn = _drawn_from(data)
+        return samples_in(data.dataset) if drawn is None else len(drawn)
+    return len(data) if isinstance(data, Dataset) and isinstance(data, Sized) else 0
+
+
+def _drawn_from(loader: DataLoader[Any]) -> list[int] | None:
+    """The positions that a loader's sampler draws from, in order; None for all.
+
+    A training and a validation set are often two samplers over one data set.
+    """
+    sampler: Any = loader.sampler
+    if isinstance(loader.batch_sampler, BatchSampler):
+        sampler = loader.batch_sampler.sampler
+    drawn = sampler.indices if isinstance(sampler, SubsetRandomSampler) else sampler
+    if isinstance(drawn, Tensor | Sequence):
+        return sorted({int(position) for position in drawn})
+    return None
+
+
+def _order(dataset: Dataset[Any], most: int | None, positions: Sequence[int] | None = None) -> Sequence[int]:
+    positions = range(_count(dataset)) if positions is None else positions
+    if most is None or most >= len(positions):
+        return positions
+    return [positions[place] for place in torch.randperm(len(positions))[:most].tolist()]
 
 
 def _count(dataset: Dataset[Any]) -> int:

@@ -134,9 +134,7 @@ def fit(
                 model.backbone.to(memory_format=torch.contiguous_format)
         run.history.seconds = time.perf_counter() - started
         if checkpoint is not None:
-            if distributed.is_main():
-                save(model, checkpoint)
-            distributed.wait()
+            _save_once(model, checkpoint)
         if interrupt.requested:
             raise KeyboardInterrupt(
                 f"interrupted after {run.step} steps" + (f"; saved to {checkpoint}" if checkpoint is not None else "")
@@ -219,9 +217,16 @@ def fit_gate(
         z, y, _ = embed(model, calibration, batch_size=batch_size, device=device, precision=precision)
         head.calibrate(z.to(model.device), y.to(model.device))
     if checkpoint is not None:
-        save(model, checkpoint)
+        _save_once(model, checkpoint)
     history.seconds = time.perf_counter() - started
     return history
+
+
+def _save_once(model: HeadedModel, checkpoint: str | Path) -> None:
+    """Written by the first process, there when any of them goes on."""
+    if distributed.is_main():
+        save(model, checkpoint)
+    distributed.wait()
 
 
 # ---- setting up --------------------------------------------------------------------------------------------------

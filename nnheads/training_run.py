@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from nnheads import distributed
 from nnheads.averaging import WeightAverage
-from nnheads.data import ImageSet
 from nnheads.devices import Precision, autocast_for
 from nnheads.errors import ConfigError, DataError
 from nnheads.evaluation import target_for
 from nnheads.headed import HeadedModel
 from nnheads.heads import BiasedHead, Head, MemoryHead
 from nnheads.interrupt import InterruptFlag
-from nnheads.loaders import Data, ordered_batches, training_batches
+from nnheads.loaders import Data, ordered_batches, samples_in, training_batches
 from nnheads.progress import Progress, Report
 
 _REFRESH_EVERY = 4  # epochs, for heads whose centers do not follow by themselves: a twelfth of the cost of training
@@ -206,16 +205,11 @@ class TrainingRun:
             return
         if interrupted:
             self.embed_memory(most=None if _held(head) else _INTERRUPTED_SAMPLES)
-        elif isinstance(head, MemoryHead) and head.follows and not head.moves:
+        elif isinstance(head, MemoryHead) and head.anchored:
             # Trained centers were held near embeddings of augmented images in batch norm's training mode.
             self.embed_memory(replace=True)
-        elif _moves(head) or _held(head) < self._count():
+        elif _moves(head) or not _held(head) or _held(head) < samples_in(self.data):
             self.embed_memory()
-
-    def _count(self) -> int:
-        """Number of samples, as far as it is known."""
-        data: Any = self.data
-        return len(data) if isinstance(data, ImageSet) else 0
 
 
 # ---- what a head needs -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from nnheads.data import (
     AUGMENTATIONS,
@@ -265,6 +265,8 @@ class TestIds:
         assert with_ids(wrapped) is wrapped
         data = image_set()
         assert with_ids(data) is data
+        part = Subset(data, [2, 1])  # its items have ids of their own
+        assert with_ids(part) is part
 
     def test_with_ids_has_no_targets_where_there_are_none(self) -> None:
         wrapped = with_ids(TensorDataset(torch.zeros(2, 1), torch.zeros(2)))

@@ -84,6 +84,7 @@ def test_positions_are_ids_only_where_the_order_is_known() -> None:
         ({"x": torch.zeros(2, 8)}, "a batch must be"),
         ((torch.zeros(2, 8), torch.zeros(2).long(), torch.zeros(2)), "integers"),
         ((torch.zeros(2, 8), torch.zeros(2).long(), torch.zeros(2).long()), "not their task"),
+        ((torch.zeros(8), torch.tensor(1), torch.tensor(0)), "single samples, not batches"),
     ],
 )
 def test_batches_that_memorize_cannot_read(batch: Any, message: str) -> None:

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from nnheads.attach import attach_head
 from nnheads.averaging import WeightAverage
@@ -176,6 +185,43 @@ def test_whatever_holds_samples_fills_the_memory_under_their_positions(data: Any
     held = model.head.memory
     assert sorted(held.ids[: len(held)].tolist()) == list(range(COUNT))
     assert torch.equal(held.labels[held.rows_of(torch.arange(COUNT))], blobs()[1])
+
+
+def half(positions: range) -> list[DataLoader[Any]]:
+    """Loaders over one data set that draw some of its samples."""
+    drawn = SubsetRandomSampler(positions)
+    batches: Sampler[list[int]] = BatchSampler(drawn, 16, drop_last=False)
+    return [
+        DataLoader(points(), 16, sampler=drawn),
+        DataLoader(points(), batch_sampler=batches),
+        DataLoader(points(), 16, sampler=list(positions)),
+    ]
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["sampler", "batch sampler", "list"])
+def test_two_samplers_over_one_data_set_are_two_sets(kind: int) -> None:
+    model = model_for("knn", k=1)
+    training, held_out = half(range(60))[kind], half(range(60, COUNT))[kind]
+    assert quick(model, training).gradient_samples == 120
+    assert isinstance(model.head, MemoryHead)
+    assert sorted(model.head.memory.ids[:60].tolist()) == list(range(60))
+    assert stored(model) == 60
+    assert embed(model, held_out, device="cpu")[2].tolist() == list(range(60, COUNT))
+    assert embed(model, DataLoader(points(), 16), device="cpu")[2].tolist() == list(range(COUNT))
+
+
+def test_learned_centers_of_a_frozen_backbone_stay_learned() -> None:
+    model = model_for("kernel", track=False)
+    for parameter in model.backbone.parameters():
+        parameter.requires_grad_(False)
+    model.backbone.eval()
+    quick(model, points(), epochs=0)
+    assert isinstance(model.head, MemoryHead)
+    stored_at = model.head.memory.keys[:COUNT].clone()
+    quick(model, points(), epochs=3)
+    alphas, moved = model.head.memory.column("alpha")[:COUNT], model.head.memory.keys[:COUNT] - stored_at
+    assert len(alphas.unique()) > 10  # not put back to 0 and 1
+    assert moved.norm(dim=1).gt(0).any()
 
 
 def test_image_sets_bring_what_a_model_has_to_know() -> None:
