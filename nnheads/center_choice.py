@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -69,8 +71,8 @@ def worst_predicted(
     samples chosen before as centers, or balanced over the classes, or both. Ties are broken by position.
 
     Args:
-        head: a head that votes with Gaussian kernels; its centers are what they were afterwards. With several rounds it
-            is left as wide as the classes of the candidates need.
+        head: a head that votes with Gaussian kernels; left as it is, for with several rounds those chosen become
+            centers of a copy.
         z: (N, d) embeddings of the candidates.
         y: (N,) int64 labels.
         n: number to choose, at most N.
@@ -86,21 +88,17 @@ def worst_predicted(
     if rounds < 1:
         raise ConfigError(f"worst_predicted: rounds must be 1 or more, got {rounds}")
     chosen = torch.zeros(0, dtype=torch.long, device=z.device)
-    added: list[Tensor] = []
     left = torch.ones(len(z), dtype=torch.bool, device=z.device)
-    try:
-        for part in _shares(n, min(rounds, max(n, 1))):
-            candidates = left.nonzero().flatten()
-            scores = log_probs_of(voting, z[candidates], y[candidates], None if ids is None else ids[candidates])
-            order = candidates[scores.argsort(stable=True)]
-            picked = _balanced_first(order, y, chosen, part) if balanced else order[:part]
-            chosen = torch.cat([chosen, picked])
-            left[picked] = False
-            if rounds > 1:
-                added.append(voting.add(z[picked], y[picked]))
-    finally:
-        if added:
-            voting.memory.drop(torch.cat(added), reuse_ids=True)
+    trial = copy.deepcopy(voting) if rounds > 1 else voting
+    for part in _shares(n, min(rounds, max(n, 1))):
+        candidates = left.nonzero().flatten()
+        scores = log_probs_of(trial, z[candidates], y[candidates], None if ids is None else ids[candidates])
+        order = candidates[scores.argsort(stable=True)]
+        picked = _balanced_first(order, y, chosen, part) if balanced else order[:part]
+        chosen = torch.cat([chosen, picked])
+        left[picked] = False
+        if trial is not voting:
+            trial.add(z[picked], y[picked])
     return chosen
 
 

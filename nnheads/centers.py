@@ -8,6 +8,7 @@ All of it is done on a working copy of the centers and applied to the head at th
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -76,19 +77,28 @@ def add_centers(
 
     Returns:
         (n,) ids of the new centers.
+
+    Raises:
+        ConfigError: another kind of head or form.
+        ShapeError: an id is held, or as `MemoryHead.add` says. No center is added, and no label moved, after any error.
     """
     voting = kernel_head(head)
     memory = voting.memory
     if ids is not None and bool((memory.rows_of(ids) >= 0).any()):
         raise ShapeError("add_centers: an id is held already; drop it first or leave ids out")
+    _check_form(redistribute, ridge)
     before = len(memory)
     held = voting.add(z, y, ids)
     if redistribute == "none":
         return held
-    centers = CenterSet(voting, redistribute, ridge, present=before)
-    for row in range(before, len(memory)):
-        centers.add(row)
-    centers.apply_labels()
+    try:
+        centers = CenterSet(voting, redistribute, ridge, present=before)
+        for row in range(before, len(memory)):
+            centers.add(row)
+        centers.apply_labels()
+    except BaseException:
+        memory.drop(held, reuse_ids=True)
+        raise
     return held
 
 
@@ -105,12 +115,7 @@ class CenterSet:
     def __init__(
         self, head: KernelVoteHead, redistribute: Redistribution, ridge: float, present: int | None = None
     ) -> None:
-        if redistribute not in get_args(Redistribution):
-            raise ConfigError(
-                f"redistribute must be one of {', '.join(get_args(Redistribution))}, got {redistribute!r}"
-            )
-        if ridge < 0:
-            raise ConfigError(f"ridge must be 0 or more, got {ridge}")
+        _check_form(redistribute, ridge)
         memory = head.memory
         held = len(memory)
         self.memory = memory
@@ -194,7 +199,9 @@ class CenterSet:
         point = torch.arange(len(points), device=w.device).unsqueeze(1).expand_as(neighbors)[movable]
         w[point, column] = weights[movable]
         gram = w @ w.T + self.ridge * torch.eye(len(points), dtype=w.dtype, device=w.device)
-        return rows, -w.T @ torch.linalg.solve(gram, change)
+        if self.ridge:
+            return rows, -w.T @ torch.linalg.solve(gram, change)
+        return rows, -w.T @ torch.linalg.pinv(gram, hermitian=True) @ change  # the smallest of the solutions
 
     def _log_kernel(self, sq_distances: Tensor) -> Tensor:
         scaled: Tensor = sq_distances / (-2 * self.sigma * self.sigma)
@@ -216,6 +223,13 @@ class CenterSet:
         """Weights (n, k) of the neighbours at each point and the predictions (n, C) there."""
         weights = self._scores(points).softmax(1)
         return weights, torch.einsum("nk,nkc->nc", weights, self.labels[self._nearest(points)[0].clamp_min(0)])
+
+
+def _check_form(redistribute: str, ridge: float) -> None:
+    if redistribute not in get_args(Redistribution):
+        raise ConfigError(f"redistribute must be one of {', '.join(get_args(Redistribution))}, got {redistribute!r}")
+    if not 0 <= ridge < math.inf:
+        raise ConfigError(f"ridge must be 0 or more, got {ridge}")
 
 
 def kernel_head(head: Head) -> KernelVoteHead:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nnheads.errors import CheckpointError, ConfigError
 from nnheads.heads import MemoryHead
+from nnheads.heads.base import sample_ids
 from nnheads.io import BACKBONE, HEAD, META, THUMBNAILS, build_saved_head, is_saved_model, load, read_meta, save
 from nnheads.storage import check_file, editing, read_tensors, replacing, write_tensors, write_text
 from nnheads.thumbnails import Thumbnails
@@ -50,7 +51,7 @@ def add(
     return held
 
 
-def forget(path: str | Path, ids: Sequence[int]) -> int:
+def forget(path: str | Path, ids: Tensor | Sequence[int] | int) -> int:
     """Drops samples from the head of a saved model, which need not have its backbone saved with it; nor
     need a projector of the user's own be given.
 
@@ -70,6 +71,7 @@ def forget(path: str | Path, ids: Sequence[int]) -> int:
         ShapeError: an id is not held; it is named. The folder is as it was after any error, as in `add`.
     """
     folder = Path(path)
+    ids = sample_ids(ids).tolist()
     with editing(folder):
         meta = read_meta(folder)
         files = meta["files"]

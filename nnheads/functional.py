@@ -222,8 +222,8 @@ def auto_sigma(sq_distances: Tensor, ratio: float = 0.05) -> Tensor:
         ratio: in (0, 1).
 
     Returns:
-        A scalar, in units of distance; the root of the median squared distance where all k are equally far, and 1
-        where all distances are zero.
+        A scalar, in units of distance; where all k are equally far, the width at which they weigh ``ratio`` of a
+        neighbour at no distance, and 1 where all distances are zero.
     """
     spread = (sq_distances[:, -1] - sq_distances[:, 0]).median()
     if spread <= 0:

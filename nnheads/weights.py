@@ -90,9 +90,11 @@ def load_weights(model: HeadedModel, path: str | Path) -> None:
     path = Path(path)
     file = path / "backbone.safetensors" if path.is_dir() else path
     state = _read(file)
-    if all(name.startswith((_BACKBONE, _CLASSIFIER + "0.", _CLASSIFIER + "1.")) for name in state):
-        state = {n.removeprefix(_BACKBONE): t for n, t in state.items() if n.startswith(_BACKBONE)}
     own = model.backbone.state_dict()
+    if not own.keys() & state.keys() and all(
+        name.startswith((_BACKBONE, _CLASSIFIER + "0.", _CLASSIFIER + "1.")) for name in state
+    ):
+        state = {n.removeprefix(_BACKBONE): t for n, t in state.items() if n.startswith(_BACKBONE)}
     replaced = tuple(f"{entry.name}." for entry in model.attached())
     state = {name: tensor for name, tensor in state.items() if name in own or not name.startswith(replaced)}
     problems = [f"{name!r} is missing" for name in own if name not in state]

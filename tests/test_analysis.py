@@ -187,6 +187,14 @@ def test_layers_are_pooled_in_one_pass(images: ImageSet) -> None:
     assert torch.equal(found.ids, images.ids)
 
 
+def test_a_layer_is_read_before_the_next_one_writes_over_it(images: ImageSet) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))
+    found = layer_embeddings(net, images, ["1"], preprocessing=GREY, device="cpu")
+    with torch.no_grad():
+        assert torch.allclose(found["1"], net[1](GREY(images.images).flatten(1)), atol=1e-6)
+    assert found["1"].min() < 0
+
+
 def test_layers_spill_to_disk_and_clean_up(images: ImageSet, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = _Net()

@@ -3,17 +3,20 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nnheads.attach import HeadedModel, attach_head, detach_head
 from nnheads.backbones import build_backbone
 from nnheads.errors import AttachError, ConfigError, ShapeError, UnknownNameError
 from nnheads.heads import build_head
+from nnheads.weights import load_weights
 
 
 class Nested(nn.Module):
@@ -238,6 +241,24 @@ def test_the_state_loads_into_a_fresh_model() -> None:
     fresh = attach_head(nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)), "nngk", k=5).eval()
     fresh.load_state_dict(headed.state_dict())
     assert torch.equal(fresh(x), headed(x))
+
+
+def test_weights_of_a_network_whose_parts_are_named_as_ours(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Linear(3, 4)
+            self.classifier = nn.Sequential(nn.Linear(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.classifier(self.backbone(x))
+            return out
+
+    trained = Net()
+    save_file(trained.state_dict(), tmp_path / "net.safetensors")
+    headed = attach_head(Net(), "knn")
+    load_weights(headed, tmp_path / "net.safetensors")
+    assert torch.equal(headed.features(torch.ones(1, 3)), trained.backbone(torch.ones(1, 3)))
 
 
 def test_autocast_and_inference_mode() -> None:

@@ -12,6 +12,7 @@ from nnheads.center_choice import best_predicted, log_probs_of, worst_predicted
 from nnheads.centers import add_centers, drop_centers
 from nnheads.errors import ConfigError, ShapeError
 from nnheads.heads import Head, MemoryHead, build_head
+from nnheads.heads.kernel_vote import KernelVoteHead
 
 K, C, SIGMA = 5, 3, 1.3
 
@@ -252,6 +253,32 @@ def test_worst_predicted_takes_the_lowest_and_leaves_the_head_alone() -> None:
         assert torch.equal(value, state[name]), name
 
 
+def test_rounds_leave_width_and_codebooks_alone() -> None:
+    """Enough are chosen to choose a width anew and to train codebooks anew, were they centers."""
+    head = build_head("impostor", 16, 2, bytes_per_center=4).eval()
+    draw = torch.Generator().manual_seed(0)
+    head.memorize(torch.randn(300, 16, generator=draw), torch.arange(300) % 2, ids=torch.arange(300))
+    head.refreshed()
+    state = {k: v.clone() for k, v in head.state_dict().items()}
+    z = 3 * torch.randn(1000, 16, generator=draw)
+    assert len(worst_predicted(head, z, torch.full((1000,), 2), 400, rounds=3).unique()) == 400
+    after = head.state_dict()
+    assert state.keys() == after.keys()
+    assert all(torch.equal(value, state[name]) for name, value in after.items())
+
+
+def test_least_squares_without_ridge_where_centers_coincide() -> None:
+    z = torch.randn(25, 4, generator=torch.Generator().manual_seed(0)).repeat(2, 1).double()
+    head = build_head("impostor", 4, 2, k=8).double()
+    head.memorize(z, torch.arange(50) % 2, ids=torch.arange(50))
+    head.refreshed()
+    drop_centers(head, torch.arange(20), "least-squares", 0.0)
+    add_centers(head, z[:5], torch.zeros(5, dtype=torch.long), None, "least-squares", 0.0)
+    assert isinstance(head, KernelVoteHead)
+    labels = head.memory.values_at(torch.arange(35))
+    assert torch.allclose(labels.sum(1), torch.ones(35).double())
+
+
 def test_rounds_spread_the_choice_over_a_new_class() -> None:
     """Two far clusters of a new class: in one round ties are cut by position, in rounds both get their share."""
     head = make_head()
@@ -287,6 +314,9 @@ def test_mistakes_change_nothing() -> None:
         best_predicted(head, 41)
     with pytest.raises(ShapeError):
         add_centers(head, torch.full((1, 4), math.nan), torch.tensor([0]), redistribute="exact")
+    for wrong in ({"redistribute": "exakt"}, {"redistribute": "least-squares", "ridge": math.inf}):
+        with pytest.raises(ConfigError, match="must be"):
+            add_centers(head, torch.zeros(1, 4), torch.tensor([0]), **wrong)  # type: ignore[arg-type]
     for name, value in head.state_dict().items():
         assert torch.equal(value, before[name]), name
     dense: Head = build_head("dense", 4, C)

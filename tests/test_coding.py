@@ -275,6 +275,20 @@ def test_a_head_with_codes_takes_the_centers_of_one_without() -> None:
     assert agree > 0.97
 
 
+def test_compressed_centers_are_compressed_otherwise() -> None:
+    head = filled("impostor", bytes_per_center=16)
+    for how in ({"bytes_per_center": 4}, {"bytes_per_center": 8, "rotation": "none", "code_bits": 4}):
+        twin = compressed_head(head, **how)
+        assert twin.memory.codes.shape[1] == how["bytes_per_center"]
+        assert {name: twin.config()[name] for name in how} == how
+        error = (twin.memory.all_keys() - head.memory.all_keys()).norm() / head.memory.all_keys().norm()
+        assert 0 < error < 0.6
+    assert torch.equal(compressed_head(head, 16).memory.codes, head.memory.codes)
+    raw = compressed_head(head, 0)
+    assert not raw.memory.coded
+    assert torch.equal(raw.memory.keys, head.memory.all_keys())
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -165,6 +165,21 @@ def test_mistakes_change_nothing(digits: ImageData, eights: nnheads.HeadedModel,
         nnheads.attach_head(nnheads.build_backbone("convnet", 3, 1), "dense").drop([1])
 
 
+def test_samples_are_forgotten_by_the_ids_that_adding_them_gave(
+    digits: ImageData, eights: nnheads.HeadedModel, tmp_path: Path
+) -> None:
+    path = nnheads.save(eights, tmp_path / "model", thumbnails=digits.train)
+    before = len(nnheads.load(path).thumbnails)
+    new = editing.add(path, digits.train.images[:3], digits.train.labels[:3])
+    assert len(nnheads.load(path).thumbnails) == before + 3
+    editing.forget(path, new)
+    left = nnheads.load(path)
+    assert len(left.thumbnails) == before
+    assert not any(i in left.thumbnails for i in new.tolist())
+    editing.forget(path, int(left.head.memory.ids[0]))
+    assert len(nnheads.load(path).thumbnails) == before - 1
+
+
 def test_one_sample_is_forgotten_by_its_number(digits: ImageData, eights: nnheads.HeadedModel, tmp_path: Path) -> None:
     model = nnheads.load(nnheads.save(eights, tmp_path / "model", thumbnails=digits.train))
     first, second = model.head.memory.ids[:2].tolist()

@@ -117,11 +117,11 @@ def layer_embeddings(
     else:
         target = Target(where, preprocessing=preprocessing, channels_last=prefers_channels_last(where, precision))
     store = _Store([*names, OUTPUT], memory, folder)
-    seen: dict[str, Any] = {}
+    seen: dict[str, Tensor] = {}
 
     def remember(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            seen[name] = output
+            seen[name] = _pooled(name, output)  # now: a layer behind this one may write over it
 
         return hook
 
@@ -133,8 +133,8 @@ def layer_embeddings(
         for x, y, sample_ids in ordered_batches(data, target, batch_size=batch_size):
             seen.clear()
             with autocast_for(where, precision):
-                seen[OUTPUT] = model(x)
-            store.add({name: _pooled(name, seen, len(y)) for name in [*names, OUTPUT]})
+                seen[OUTPUT] = _pooled(OUTPUT, model(x))
+            store.add({name: _counted(name, seen, len(y)) for name in [*names, OUTPUT]})
             labels.append(y.cpu())
             ids.append(sample_ids.cpu())
         if not labels:
@@ -187,22 +187,32 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
-def _pooled(name: str, seen: dict[str, Any], count: int) -> Tensor:
-    value = seen.get(name)
+def _pooled(name: str, value: Any) -> Tensor:
+    """(B, d) numbers of a layer's output."""
     while isinstance(value, tuple | list) and value:
         value = value[0]
     if isinstance(value, Mapping):  # what Hugging Face's models return
         value = value.get("logits", next(iter(value.values()), None))
-    if not isinstance(value, Tensor) or not value.is_floating_point() or len(value) != count:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.ndim:
         got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        what = "was not called in the forward" if name not in seen else f"gave {got}, not one row a sample"
-        raise ShapeError(f"layer {name!r} {what}: name another layer")
+        raise ShapeError(f"layer {name!r} gave {got}, not one row a sample: name another layer")
     value = value.float()
     if value.ndim >= 4:
         value = value.flatten(2).mean(2)
     elif value.ndim == 3:
         value = value.mean(1)
-    return value.reshape(count, -1).cpu()
+    pooled: Tensor = value.reshape(len(value), -1)
+    return pooled.to("cpu", copy=True)
+
+
+def _counted(name: str, seen: Mapping[str, Tensor], count: int) -> Tensor:
+    """What a layer gave for a batch of so many samples."""
+    if name not in seen:
+        raise ShapeError(f"layer {name!r} was not called in the forward: name another layer")
+    value = seen[name]
+    if len(value) != count:
+        raise ShapeError(f"layer {name!r} gave {len(value)} rows for {count} samples: name another layer")
+    return value
 
 
 @final

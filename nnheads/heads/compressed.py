@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from .._codebooks import parse_rotation
+from .._coded_rows import QUANTIZER
 from ..coding import ROTATION, Coding
 from ..errors import ConfigError
 from ..quantize import MAX_BYTES, MIN_BYTES
@@ -63,7 +64,8 @@ def coding_of(
 def compressed_head(
     head: MemoryHead, bytes_per_center: int = 16, *, rotation: str = ROTATION, code_bits: Literal[4, 8] = 8
 ) -> MemoryHead:
-    """A trained head's twin that holds the same centers compressed.
+    """A trained head's twin that holds the same centers compressed; from one that has them compressed otherwise, what
+    its codes decode to.
 
     ``model = attach_head(model, compressed_head(model.head))`` puts it on the model. Labels, weights and the width of
     the kernel are those of the head given, which is left as it is.
@@ -80,5 +82,11 @@ def compressed_head(
         options["engine"] = "auto"  # what it searched is not there
     twin = build_head(head.name, head.in_features, head.num_classes, **{**head.config(), **options})
     assert isinstance(twin, MemoryHead)
-    twin.to(head.memory.keys.device).load_state_dict(head.state_dict())
+    state = head.state_dict()
+    had, has = (None if one.memory.coder is None else one.memory.coder.coding for one in (head, twin))
+    if had is not None and had != has:
+        kept = f"memory.{QUANTIZER}"
+        state = {name: part for name, part in state.items() if not name.startswith(kept) and name != "memory.codes"}
+        state["memory.keys"] = head.memory.all_keys()
+    twin.to(head.memory.keys.device).load_state_dict(state)
     return twin.train(head.training)
