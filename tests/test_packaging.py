@@ -17,7 +17,7 @@ TOP_LEVEL = ("strategies", "benchmarks", "cli")
 # A module imports only from the layers above its own in this list, and from its own; the longest name that fits counts.
 LAYERS: list[list[str]] = [
     ["nnheads.errors"],
-    ["nnheads._nca", "nnheads._neighborhoods"],
+    ["nnheads._nca", "nnheads._neighborhoods", "nnheads._lasting", "nnheads._bfloat16"],
     ["nnheads.functional", "nnheads.preprocessing", "nnheads.classifier_layer"],
     ["nnheads.split"],
     ["nnheads.devices", "nnheads.distributed", "nnheads.interrupt", "nnheads.progress", "nnheads.storage"],
