@@ -103,7 +103,7 @@ def _seeds(summary: dict[str, Any]) -> str:
 
 def _explain_spread(summary: dict[str, Any]) -> None:
     if len(summary["seeds"]) > 1:
-        screen.line(f"± is the sample standard deviation over {len(summary['seeds'])} seeds")
+        screen.line("± is the sample standard deviation over a row's seeds")
 
 
 def _fitting(

@@ -285,7 +285,7 @@ def test_it_learns_and_the_gate_keeps_its_tolerance(fitted: HeadedModel) -> None
     assert own.skipped > 0.2
     g = fitted.gated(images(7)[0]).gate
     noise = fitted.gated(3 * torch.randn(64, 1, 8, 8)).gate
-    assert float(g.mean()) > float(noise.mean())
+    assert g.mean().item() > noise.mean().item()
 
 
 def test_fit_gate_leaves_the_network_as_it_was() -> None:
