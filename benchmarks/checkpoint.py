@@ -43,9 +43,17 @@ class RunState:
     values: dict[str, Any] = field(default_factory=dict)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder holds a checkpoint, readable or not; one that was being replaced is brought back."""
+    from nnheads.storage import recover
+
+    recover(path)
+    return (path / _META).exists()
+
+
 def check_new(path: Path) -> None:
     """Raise ConfigError where a checkpoint is there already, which a new run would overwrite."""
-    if (path / _META).exists():
+    if is_checkpoint(path):
         raise ConfigError(f"--checkpoint {path} holds a checkpoint already: add --resume or name another folder")
 
 
@@ -103,7 +111,7 @@ def load_checkpoint(path: Path, config: RunConfig) -> RunState:
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint in {path}: leave --resume out to start anew") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path / _META} ({error}): start anew in another folder") from error
+        raise CheckpointError(f"cannot read {path / _META} ({error}): remove {path} to start anew") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path / _META} was not written by nnheads run: name the folder given to --checkpoint")
     if content.get("format_version") != FORMAT_VERSION:

@@ -16,7 +16,7 @@ from nnheads.benchmarks.locks import exclusive
 from nnheads.benchmarks.measures import mean_and_spread, seen_accuracy
 from nnheads.benchmarks.results import SUMMARY, check_same_comparison, write_json
 from nnheads.benchmarks.stream_comparison import REFERENCE, StreamCell, StreamComparison, stream_cells
-from nnheads.errors import ConfigError
+from nnheads.errors import ConfigError, DivergedError
 from nnheads.strategies.registry import strategy_spec
 
 __all__ = [
@@ -225,6 +225,7 @@ def _pick_rates(
     What is missing is tried for ``rows`` alone; others are chosen for where all that it takes is there.
     """
     tried = {variant.name: tuple(sorted(plan.rates)) for variant in plan.free_variants}
+    diverged: dict[str, DivergedError] = {}
     while True:
         trials = plan.trials(tried)
         names = {
@@ -234,15 +235,18 @@ def _pick_rates(
         cells = stream_cells(trials, folder)
         _check(cells)
         wanted = {name for row in rows & names.keys() for name in names[row].values()}
-        _make([cell for cell in cells if cell.variant.name in wanted], progress, finished, wait=True)
+        _make([cell for cell in cells if cell.variant.name in wanted], progress, finished, wait=True, diverged=diverged)
         found = summarize_streams(trials, cells)
         write_json(folder / SUMMARY, found)
         accuracy = {row["name"]: row["accuracy"]["mean"] for row in found["rows"]}
         chosen = {
-            row: max(trial, key=lambda rate: accuracy[trial[rate]])
+            row: max(trial, key=lambda rate: accuracy.get(trial[rate], -1.0))
             for row, trial in names.items()
-            if accuracy.keys() >= set(trial.values())
+            if accuracy.keys() | diverged.keys() >= set(trial.values())
         }
+        for row, rate in chosen.items():
+            if names[row][rate] not in accuracy:  # so did all others
+                raise diverged[names[row][rate]]
         further = {row: plan.rate_beyond(tried[row], rate) for row, rate in chosen.items()}
         if not plan.extend_rates or not any(further.values()):
             return tried, chosen
@@ -264,9 +268,14 @@ def _make(
     finished: Callable[[dict[str, Any], int, int], None] | None,
     *,
     wait: bool = False,
+    diverged: dict[str, DivergedError] | None = None,
 ) -> None:
-    """Makes the runs that are missing; those that another process makes are left to it, or waited for."""
-    missing = [cell for cell in cells if not cell.results.is_file()]
+    """Makes the runs that are missing; those that another process makes are left to it, or waited for.
+
+    ``diverged`` gets the runs that diverge, by variant, which have no results then; where it is None they raise.
+    """
+    gone = {} if diverged is None else diverged
+    missing = [cell for cell in cells if not cell.results.is_file() and cell.variant.name not in gone]
     while missing:
         left = []
         for cell in missing:
@@ -274,7 +283,13 @@ def _make(
                 if not mine:
                     left.append(cell)
                 elif cell.finished() is None:
-                    result = _run(cell, progress)
+                    try:
+                        result = _run(cell, progress)
+                    except DivergedError as error:
+                        if diverged is None:
+                            raise
+                        diverged[cell.variant.name] = error
+                        continue
                     write_json(cell.results, result)
                     shutil.rmtree(cell.checkpoint, ignore_errors=True)
                     if finished is not None:
@@ -287,7 +302,7 @@ def _make(
 
 
 def _run(cell: StreamCell, progress: Progress | None) -> dict[str, Any]:
-    from nnheads.benchmarks.checkpoint import experiences_done
+    from nnheads.benchmarks.checkpoint import is_checkpoint
     from nnheads.benchmarks.runner import run
 
     def tell(what: str, done: int, total: int) -> None:
@@ -301,6 +316,6 @@ def _run(cell: StreamCell, progress: Progress | None) -> dict[str, Any]:
         progress=tell,
         save_model=False,
         checkpoint=cell.checkpoint if resumable else None,
-        resume=resumable and experiences_done(cell.checkpoint) > 0,
+        resume=resumable and is_checkpoint(cell.checkpoint),
     )
     return {"variant": cell.variant.name, "memory": cell.memory, "asked": cell.asked(), **found}

@@ -92,6 +92,8 @@ class RunConfig:
         for name, value, least in whole:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ConfigError(f"{name} must be a whole number, {least} or more, not {value!r}")
+        if self.seed >= 2**64:
+            raise ConfigError(f"seed must be below 2 ** 64, not {self.seed}")
         if self.learning_rate is not None and not (
             _is_number(self.learning_rate) and 0 < self.learning_rate < math.inf
         ):

@@ -147,7 +147,9 @@ def run(
         "average_accuracy": average_accuracy(matrix),
         "anytime_accuracy": anytime_accuracy(matrix, counts),
         "backward_transfer": backward_transfer(matrix),
-        "forward_transfer": forward_transfer(matrix, untrained) if untrained is not None else None,
+        "forward_transfer": (
+            forward_transfer(matrix, untrained) if untrained is not None and config.strategy != "joint" else None
+        ),
         "accuracy_matrix": matrix,
         "untrained_accuracy": untrained,
         "test_counts": counts,

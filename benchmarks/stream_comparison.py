@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -232,18 +233,18 @@ class StreamCell:
         rate = self.config.learning_rate
         if rate is None:
             return
+        made = None
         try:
             asked = json.loads(self.results.read_text(encoding="utf-8"))["asked"]
-            made = {**RunConfig().to_dict(), **asked}
+            before = {**RunConfig().to_dict(), **asked}
         except (OSError, ValueError, KeyError, TypeError):
             pass  # none, or `finished` tells what is wrong with them
         else:
-            different = {name for name, value in self.asked().items() if name not in _FREE and made[name] != value}
-            if different == {"learning_rate"}:
-                _swap(self.results, made["learning_rate"], rate)
-        begun = learning_rate(self.checkpoint)
-        if begun is not None and begun != rate:
-            _swap(self.checkpoint, begun, rate)
+            different = {name for name, value in self.asked().items() if name not in _FREE and before[name] != value}
+            made = before["learning_rate"] if different == {"learning_rate"} else rate
+        _swap(self.results, made, rate)
+        if not self.results.exists():  # else what is left of an interrupted run stays where it is
+            _swap(self.checkpoint, learning_rate(self.checkpoint), rate)
 
     def _check_defaults(self, made: Mapping[str, Any]) -> None:
         """ConfigError where what was not asked for was something else when the results were made."""
@@ -263,14 +264,24 @@ class StreamCell:
         return _as_json(self.config)
 
 
-def _swap(path: Path, made: float, wanted: float) -> None:
-    """Set aside what was made with one learning rate, and put back what was set aside with another, if it was."""
+def _swap(path: Path, made: float | None, wanted: float) -> None:
+    """Set aside what was made with another learning rate than the one wanted, and put back what was set aside with that
+    one, where nothing is in its place.
+
+    Args:
+        path: the results or the checkpoint of a run.
+        made: the learning rate it was made with; None where there is none.
+        wanted: the learning rate that is chosen now.
+    """
 
     def aside(rate: float) -> Path:
         return path.with_name(f"{path.stem}.lr={rate:g}{path.suffix}.old")
 
-    path.rename(aside(made))
-    if aside(wanted).exists():
+    if made is not None and made != wanted:
+        if aside(made).is_dir():  # an older one: a folder does not take the place of another
+            shutil.rmtree(aside(made))
+        path.rename(aside(made))
+    if not path.exists() and aside(wanted).exists():
         aside(wanted).rename(path)
 
 

@@ -90,6 +90,8 @@ class Variant:
                 raise ConfigError(f"{text!r} gives {key} twice")
             given[key] = json_or_text(value)
         settings = {SETTINGS[key]: given[key] for key in given if key in SETTINGS}
+        if not isinstance(settings.get("head", ""), str):
+            raise ConfigError(f"head={given['head']} in {text!r} is not the name of a head")
         rest = {key: value for key, value in given.items() if key not in SETTINGS}
         own = spec.option_names()
         of_strategy = {key: value for key, value in rest.items() if key in own}

@@ -250,7 +250,8 @@ def compare(
             if plots and stream is not None:
                 from nnheads.benchmarks.plots import plot_comparison
 
-                plot_comparison(summary, folder)
+                with screen.interruptible(lambda: f"all but figures in {folder}"):
+                    plot_comparison(summary, folder)
     if as_json:
         screen.print_json({**summary, "path": str(folder)})
     elif not quiet and stream is None:

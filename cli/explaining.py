@@ -94,6 +94,8 @@ def _dropped(text: str | None) -> list[int]:
     ids = [part.strip() for part in listed.split(",") if part.strip()]
     if kind != "drop" or not ids or not all(part.isascii() and part.isdigit() for part in ids):
         raise ConfigError(f"--what-if must be drop:ID,..., as in drop:17,204, not {text!r}")
+    if too_large := [part for part in ids if int(part) >= 2**63]:
+        raise ConfigError(f"--what-if: an id is below 2 ** 63, not {too_large[0]}")
     return list(dict.fromkeys(int(part) for part in ids))
 
 

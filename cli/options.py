@@ -181,5 +181,7 @@ def seeds(text: str) -> tuple[int, ...]:
     for name in names("--seeds", text):
         if not name.isascii() or not name.isdigit():
             raise ConfigError(f"--seeds must be whole numbers from 0 on, as in 0,1,2, not {name!r}")
+        if int(name) >= 2**64:
+            raise ConfigError(f"--seeds must be below 2 ** 64, not {name}")
         found.append(int(name))
     return tuple(dict.fromkeys(found))

@@ -116,7 +116,8 @@ def run(
             if plots:
                 from nnheads.benchmarks.plots import plot_run
 
-                plot_run(results, folder)
+                with screen.interruptible(lambda: f"all but figures in {folder}"):
+                    plot_run(results, folder)
     if as_json:
         screen.print_json({**results, "path": str(folder)})
         return

@@ -200,10 +200,14 @@ def output_follows(output: object, seen: Sequence[Tensor]) -> bool:
     expected = [finish(z) for finish in _FINISHES]
     expected.append(z * ((out * z).sum() / (z * z).sum()))  # a temperature
     return any(
-        torch.allclose(out, each, rtol=tolerance, atol=tolerance * float(each.abs().max()), equal_nan=True)
+        torch.allclose(out, each, rtol=tolerance, atol=tolerance * _largest(each), equal_nan=True)
         or bool(each.isnan().any() and torch.equal(out.isnan(), each.isnan()))
         for each in expected
     )
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().nan_to_num(0.0, 0.0).max())
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:

@@ -18,6 +18,10 @@ class ConfigError(NNHeadsError, ValueError):
     """An option has a value that cannot work."""
 
 
+class DivergedError(ConfigError):
+    """Training whose numbers are not finite any more: the learning rate is too high."""
+
+
 class UnknownNameError(ConfigError):
     """A head, stream, strategy, backbone or layer that is not known by that name."""
 

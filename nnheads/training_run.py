@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nnheads import distributed
 from nnheads.averaging import WeightAverage
 from nnheads.devices import Precision, autocast_for
-from nnheads.errors import ConfigError, DataError
+from nnheads.errors import ConfigError, DataError, DivergedError
 from nnheads.evaluation import target_for
 from nnheads.headed import HeadedModel
 from nnheads.heads import BiasedHead, Head, MemoryHead
@@ -166,7 +166,7 @@ class TrainingRun:
     def _diverged(self, epoch: int, x: Tensor) -> None:
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             raise DataError(f"epoch {epoch + 1}, step {self.step + 1}: the input holds NaN or infinity")
-        raise ConfigError(
+        raise DivergedError(
             f"training diverged in epoch {epoch + 1}, step {self.step + 1}: the loss is not finite; "
             f"give a lower lr than {self.lr:g}"
         )

@@ -54,7 +54,12 @@ def replay(setup: Setup) -> Learner:
 def er_ace(setup: Setup) -> Learner:
     """ER-ACE."""
     strategy = ER_ACE(mem_size=_exemplars(setup), batch_size_mem=setup.replay_batch, **_common(setup))
-    return AvalancheLearner(setup, strategy, lambda: Kept(len(strategy.storage_policy.buffer)))
+    return AvalancheLearner(
+        setup,
+        strategy,
+        lambda: Kept(len(strategy.storage_policy.buffer)),
+        before=_replay_what_there_is(setup, strategy),
+    )
 
 
 def der(setup: Setup) -> Learner:
@@ -73,7 +78,7 @@ def der(setup: Setup) -> Learner:
         held = len(strategy.storage_policy.buffer)
         return Kept(held, (("logits", held * logits),))
 
-    return AvalancheLearner(setup, strategy, kept)
+    return AvalancheLearner(setup, strategy, kept, before=_replay_what_there_is(setup, strategy))
 
 
 def icarl(setup: Setup) -> Learner:
@@ -263,6 +268,16 @@ def _common(setup: Setup, *plugins: Any, model: nn.Module | None = None) -> dict
         "plugins": all_plugins,
         "evaluator": silent_evaluator(),
     }
+
+
+def _replay_what_there_is(setup: Setup, strategy: Any) -> Callable[[int], None]:
+    """ER-ACE and DER replay nothing at all while they hold fewer exemplars than a batch of them."""
+
+    def before(experience: int) -> None:
+        held = len(strategy.storage_policy.buffer)
+        strategy.batch_size_mem = min(setup.replay_batch, held) if held else setup.replay_batch
+
+    return before
 
 
 def _features(setup: Setup) -> Features:

@@ -138,7 +138,8 @@ class AvalancheLearner(Learner):
         if not self._seen:  # class means of nothing
             return torch.zeros(len(x), self.setup.num_classes, device=x.device)
         found = self.own_scores(x)
-        everything = found.new_full((len(x), self.setup.num_classes), -torch.inf)
+        # finite: what is masked for another reason comes behind them
+        everything = found.new_full((len(x), self.setup.num_classes), torch.finfo(found.dtype).min)
         seen = sorted(self._seen)
         everything[:, seen] = found[:, seen]
         return everything

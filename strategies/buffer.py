@@ -65,11 +65,16 @@ class ExemplarBuffer:
         self.keeps_images = image_shape is not None
         shape = image_shape or (0, 0, 0)
         self._codec: ImageCodec = RawCodec(shape) if exemplar_bytes is None else WebPCodec(shape, exemplar_bytes)
-        self._images = torch.zeros(budget, *self._codec.row_shape, dtype=torch.uint8)
-        self._labels = np.zeros(budget, dtype=np.int64)
-        self._ids = np.zeros(budget, dtype=np.int64)
-        self._since = np.zeros(budget, dtype=np.int64)
-        self._priority = np.zeros(budget, dtype=np.uint64)
+        try:
+            self._images = torch.zeros(budget, *self._codec.row_shape, dtype=torch.uint8)
+            self._labels = np.zeros(budget, dtype=np.int64)
+            self._ids = np.zeros(budget, dtype=np.int64)
+            self._since = np.zeros(budget, dtype=np.int64)
+            self._priority = np.zeros(budget, dtype=np.uint64)
+        except (RuntimeError, MemoryError, ValueError):
+            raise ConfigError(
+                f"a memory of {budget:,} exemplars is more than this machine can hold: give less"
+            ) from None
         self._count = 0
         self._seen: set[int] = set()
 
@@ -81,6 +86,11 @@ class ExemplarBuffer:
     def classes_seen(self) -> list[int]:
         """The classes offered so far, ascending."""
         return sorted(self._seen)
+
+    @property
+    def experiences(self) -> int:
+        """One more than the latest experience of a sample held."""
+        return int(self._since[: self._count].max()) + 1 if self._count else 0
 
     @property
     def quota(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from nnheads import distributed
 from nnheads.data import BatchLoader, ImageSet, Preprocessing
 from nnheads.devices import Precision, autocast_for
+from nnheads.errors import DivergedError
 from nnheads.headed import HeadedModel, evaluating
 from nnheads.heads.kernel import KernelHead
 from nnheads.heads.memory_head import MemoryHead
@@ -23,18 +24,29 @@ EMBED_BATCH: Final = 256
 def embed_batches(
     model: HeadedModel, batches: Iterable[tuple[Tensor, Tensor, Tensor]], device: torch.device, precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings (n, d), labels (n,) and ids (n,) of batches (x, y, ids), with the model in evaluation mode."""
+    """Embeddings (n, d), labels (n,) and ids (n,) of batches (x, y, ids), with the model in evaluation mode.
+
+    Raises:
+        DivergedError: an embedding is not finite.
+    """
     found = []
     with evaluating(model):
         for x, y, ids in batches:
             with autocast_for(device, precision):
                 z = distributed.features(model, x.to(device))
+            check_finite(z)
             found.append((z if z.dtype == torch.float64 else z.float(), y.to(device), ids.to(device)))
     if not found:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         return torch.zeros(0, model.in_features, device=device), nothing, nothing
     z, y, ids = (torch.cat(parts) for parts in zip(*found, strict=True))
     return z, y, ids
+
+
+def check_finite(z: Tensor) -> None:
+    """DivergedError unless embeddings (n, d), and the squares of their norms, are finite."""
+    if not bool(z.detach().float().square().sum(1).isfinite().all()):
+        raise DivergedError("training diverged: embeddings are not finite any more; give a lower lr")
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from nnheads.heads.base import Head
 from nnheads.heads.memory_head import MemoryHead
 from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.plugins import silent_evaluator
-from nnheads.strategies.refill import EMBED_BATCH, refill
+from nnheads.strategies.refill import EMBED_BATCH, check_finite, refill
 from nnheads.strategies.replay_loader import ReplayLoader
 
 
@@ -41,7 +41,8 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
 
     New samples are offered to the buffer as they come, and the memory of a head that trains on its centers holds the
     samples of the buffer all the time, so that new classes have centers from their first step and the budget holds for
-    centers too. A center enters with the embedding of that step. After each experience the memory is filled anew with
+    centers too. A center enters with the embedding of that step, and centers from before whose samples the buffer does
+    not hold leave before the first. After each experience the memory is filled anew with
     exactly the buffer's samples, embedded in evaluation mode.
 
     Works on any Avalanche benchmark whose items are ``(x, y, id)`` with raw uint8 images. Avalanche's plugins and
@@ -122,6 +123,9 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         self.intake: frozenset[int] | None = None
         self.further_loss: Callable[[Tensor, Tensor], Tensor] | None = None
         self.epochs_done = 0
+        #: Of the experience that is learned, as the buffer counts: one that was loaded may hold samples of more
+        #: experiences than this strategy has learned.
+        self.number = 0
         self.gradient_samples = 0
         self._data: ImageSet | None = None
         self._codes: Tensor | None = None  # its images as the buffer stores them
@@ -163,9 +167,8 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
             channels_last=self.channels_last,
         )
         loader.set_epoch(self.epochs_done)
-        self.dataloader = ReplayLoader(
-            loader, self.buffer, self.replay_batch, self.clock.train_exp_counter, self.augment
-        )
+        self.number = max(self.clock.train_exp_counter, self.buffer.experiences)
+        self.dataloader = ReplayLoader(loader, self.buffer, self.replay_batch, self.number, self.augment)
 
     def make_eval_dataloader(self, **kwargs: Any) -> None:
         """The same for evaluation by Avalanche."""
@@ -204,6 +207,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
             return log_probs
         with autocast_for(self.device, self.precision):
             self._features = distributed.features(self.model, self.mb_x).float()
+        check_finite(self._features)
         self.gradient_samples += len(self.mb_y)
         self._keep_new()
         if not self.evaluator.metrics:
@@ -230,6 +234,9 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
             self.average.update()
 
     def _before_training_exp(self, **kwargs: Any) -> None:
+        if isinstance(self.head, MemoryHead):
+            held = self.head.memory.ids[: len(self.head.memory)].cpu()
+            self.head.drop(held[~torch.isin(held, self.buffer.ids)].to(self.device))
         super()._before_training_exp(**kwargs)
         if self.ema is not None:
             self.average = WeightAverage(self.model, self.ema)
@@ -271,7 +278,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
             wanted = torch.isin(data.labels[rows], classes).nonzero().flatten()
         if not len(wanted):
             return
-        change = self.buffer.offer(data, rows[wanted], self.clock.train_exp_counter, self._codes)
+        change = self.buffer.offer(data, rows[wanted], self.number, self._codes)
         head = self.head
         if not isinstance(head, MemoryHead) or head.trains_with != "output":
             return

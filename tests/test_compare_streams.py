@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from nnheads.benchmarks.locks import exclusive
 from nnheads.benchmarks.specs import stream_spec
 from nnheads.benchmarks.stream_comparison import StreamComparison, stream_cells
 from nnheads.benchmarks.variants import Variant, variants
-from nnheads.errors import CheckpointError, ConfigError, UnknownNameError
+from nnheads.errors import CheckpointError, ConfigError, DivergedError, UnknownNameError
 from nnheads.strategies.registry import strategy_spec
 
 BASE = RunConfig(stream="split-digits", device="cpu")
@@ -158,6 +159,7 @@ def test_results_of_another_precision_are_not_taken_for_these(
         ("er-ace+k=3", "unknown setting in .* 'k'"),
         ("icarl+k=3", "unknown setting in .* 'k'"),
         ("replay+head=knnn", "unknown head 'knnn'"),
+        ("replay+head=3", r"head=3 in 'replay\+head=3' is not the name of a head"),
         ("impostor+head=knn", "needs a head that votes with Gaussian kernels .*, not 'knn'"),
         ("icarl+head=knn", "'icarl' brings its own classifier"),
         ("replay+ema=much", "ema must be between 0 and 1, not 'much'"),
@@ -485,6 +487,68 @@ def test_a_network_that_learns_at_no_rate_ends_the_search_for_one(
     monkeypatch.setattr(nnheads.benchmarks.runner, "run", lambda *a, **b: {**real(*a, **b), "accuracy": 0.1})
     comparison = replace(plan("er-ace", rates=(0.1, 0.3), extend_rates=True), base=replace(BASE, validation=0.1))
     assert len(compare_streams(comparison, tmp_path)["rates"]["er-ace"]) == 8
+
+
+def diverging(monkeypatch: pytest.MonkeyPatch, when: Callable[[RunConfig], bool]) -> None:
+    real = nnheads.benchmarks.runner.run
+
+    def made(config: RunConfig, *given: Any, **options: Any) -> dict[str, Any]:
+        if when(config):
+            raise DivergedError("training diverged: give a lower lr")
+        return real(config, *given, **options)
+
+    monkeypatch.setattr(nnheads.benchmarks.runner, "run", made)
+
+
+def test_a_rate_at_which_training_diverges_is_not_chosen(
+    asked: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging(monkeypatch, lambda config: config.strategy == "naive" and (config.learning_rate or 0) > 0.2)
+    comparison = replace(plan("naive", "replay", rates=(0.03, 0.1, 0.3)), base=replace(BASE, validation=0.1))
+    found = compare_streams(replace(comparison, extend_rates=True), tmp_path)
+    assert found["learning_rates"] == {"naive": 0.1, "replay": 0.1}
+    assert found["finished"] == 2
+
+
+def test_a_row_that_diverges_at_every_rate_says_so(
+    asked: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging(monkeypatch, lambda config: True)
+    comparison = replace(plan("naive", rates=(0.1, 0.3)), base=replace(BASE, validation=0.1))
+    with pytest.raises(DivergedError, match="give a lower lr"):
+        compare_streams(comparison, tmp_path)
+
+
+def test_what_was_set_aside_comes_back_where_nothing_took_its_place(asked: list[RunConfig], tmp_path: Path) -> None:
+    comparison = replace(plan("naive"), base=replace(BASE, learning_rate=0.1))
+
+    def cell(rate: float) -> Any:
+        return stream_cells(comparison.with_rates({"naive": rate}), tmp_path)[0]
+
+    def begin(rate: float, experiences: int) -> None:
+        cell(rate).checkpoint.mkdir()
+        state = {"config": {"learning_rate": rate}, "matrix": [[1.0]] * experiences}
+        (cell(rate).checkpoint / "run.json").write_text(json.dumps(state))
+
+    begin(0.1, 2)
+    cell(0.3).set_aside()
+    cell(0.1).set_aside()  # nothing was begun at 0.3
+    assert experiences_done(cell(0.1).checkpoint) == 2
+    cell(0.3).set_aside()
+    begin(0.1, 1)  # anew, by a run that knew nothing of the other
+    cell(0.3).set_aside()
+    assert not cell(0.3).checkpoint.exists()
+    cell(0.1).set_aside()
+    assert experiences_done(cell(0.1).checkpoint) == 1
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    comparison = plan("replay+epochs=1", memory=(50,))
+    checkpoint = stream_cells(comparison, tmp_path)[0].checkpoint
+    checkpoint.mkdir()
+    (checkpoint / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot read .*run\.json.*: remove .*checkpoint to start anew"):
+        compare_streams(comparison, tmp_path, resume=True)
 
 
 def test_rates_may_be_tried_on_a_share(asked: list[RunConfig], tmp_path: Path) -> None:

@@ -204,6 +204,7 @@ def test_the_page_takes_pictures_from_the_data(
         (["--out", "nowhere/page.html"], "must be a file in a folder that is there"),
         (["--out", "page.html", "--what-if", "forget:3"], "--what-if must be drop:ID"),
         (["--out", "page.html", "--what-if", "drop:x"], "--what-if must be drop:ID"),
+        (["--out", "page.html", "--what-if", "drop:99999999999999999999"], "an id is below 2"),
         (["--out", "page.html", "--what-if", "drop:98765"], "no sample with id 98765"),
         (["--out", "page.html", "--dataset", "digit"], "did you mean 'digits'"),
     ],

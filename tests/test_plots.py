@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from nnheads.benchmarks import plots
+from nnheads.cli.main import main
 from nnheads.errors import CheckpointError
 
 RESULTS: dict[str, Any] = {
@@ -119,6 +120,32 @@ def test_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot write .*matrix\.png"):
         plots.plot_run(RESULTS, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("command", "drawn", "kept"),
+    [
+        (["run", "split-digits"], "plot_run", "results.json"),
+        (["compare", "--stream", "split-digits", "--strategies", "naive"], "plot_comparison", "naive-s0.json"),
+    ],
+)
+def test_who_interrupts_the_drawing_is_told_that_the_rest_is_there(
+    command: list[str],
+    drawn: str,
+    kept: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plots, drawn, interrupt)
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--share", "0.05", "--epochs", "1", "--out", str(tmp_path / "out"), "--quiet"])
+    assert ended.value.code == 130
+    assert "interrupted; kept: all but figures in" in capsys.readouterr().err
+    assert (tmp_path / "out" / kept).is_file()
 
 
 def test_matplotlib_is_loaded_by_drawing_only_and_without_a_screen() -> None:

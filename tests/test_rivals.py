@@ -102,6 +102,17 @@ def test_gdumb_can_spend_its_samples_on_the_network_that_answers_at_the_end() ->
     assert made.memory_parts() == {"exemplars": 20 * 64}
 
 
+@pytest.mark.parametrize("name", ["er-ace", "der", "avalanche-replay"])
+def test_a_memory_smaller_than_a_batch_of_it_is_replayed(name: str) -> None:
+    made = learner(name, memory=20, replay_batch=64)
+    passed = []
+    for experience in range(2):
+        made.learn(experience)
+        passed.append(made.gradient_samples)
+    first, second = passed[0], passed[1] - passed[0]
+    assert second >= first + 4 * 20 - 16  # 20 in each of its steps, of which there may be one fewer
+
+
 def test_weights_of_der() -> None:
     made = learner("der", strategy_options={"alpha": 0.3, "beta": 1.0})
     assert (strategy_of(made).alpha, strategy_of(made).beta) == (0.3, 1.0)

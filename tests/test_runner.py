@@ -193,6 +193,21 @@ def test_the_untrained_model_can_be_evaluated(strategy: str) -> None:
 
 
 @pytest.mark.usefixtures("short")
+def test_an_untrained_model_that_knows_the_task_guesses_among_its_classes() -> None:
+    found = run(replace(QUICK, epochs=1, future=True, strategy="slda", scenario="task"))
+    share = found["untrained_accuracy"][1]
+    # Before it has seen them, it knows as little of their classes as it did at the beginning.
+    assert found["accuracy_matrix"][0][1] == pytest.approx(share)
+    assert 0.3 < share < 0.7
+    assert found["forward_transfer"] == pytest.approx(0.0)
+
+
+@pytest.mark.usefixtures("short")
+def test_all_classes_at_once_have_no_forward_transfer() -> None:
+    assert run(replace(QUICK, epochs=1, future=True, strategy="joint"))["forward_transfer"] is None
+
+
+@pytest.mark.usefixtures("short")
 def test_on_held_out_training_images() -> None:
     found = run(replace(QUICK, epochs=1, validation=0.25))
     assert found["test_counts"] == [20, 20, 20]  # a quarter of 40 images of each class
@@ -275,6 +290,7 @@ def test_progress_is_told() -> None:
         ({"validation": 1}, "validation must be between 0 and 1"),
         ({"precision": "half"}, "precision must be auto, float32 or bfloat16, not 'half'"),
         ({"scenario": "domain"}, "scenario must be class or task, not 'domain'"),
+        ({"seed": 2**64}, "seed must be below 2 \\*\\* 64"),
     ],
 )
 def test_settings_that_cannot_work(options: dict[str, Any], message: str) -> None:

@@ -95,6 +95,18 @@ def test_finished_cells_are_kept_and_others_are_refused(tmp_path: Path) -> None:
         _run(_toy(), tmp_path, resume=True)
 
 
+def test_a_folder_of_another_study_or_scale_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    _run(_toy(), tmp_path)
+
+    def never(job: Job) -> Outcome:
+        raise AssertionError("run")
+
+    with pytest.raises(ConfigError, match="study toy at scale smoke, not toy at scale cpu: give another --out"):
+        _run(_toy(never), tmp_path, resume=True, scale="cpu", seeds=(1,))
+    with pytest.raises(ConfigError, match="study toy at scale smoke, not other at scale smoke: give another --out"):
+        _run(replace(_toy(never), name="other"), tmp_path, resume=True, seeds=(1,))
+
+
 def test_a_cell_without_its_images_is_skipped_and_said(tmp_path: Path) -> None:
     def run(job: Job) -> Outcome:
         if job.settings["value"] == 0.5:

@@ -89,6 +89,7 @@ def run_study(
     files = plan.files(out)
     if not resume:
         check_fresh(out)
+    _check_same_study(plan, out)
     found = {path: _held(plan, cell, seed, path) for cell, seed, path in files}
     missing: DataError | None = None
     pending = deque(entry for entry in files if found[entry[2]] is None)
@@ -124,6 +125,17 @@ def check_fresh(out: Path) -> None:
     """ConfigError where a folder holds results."""
     if any((out / CELLS).glob("*.json")):
         raise ConfigError(f"{out} holds results already: give another --out, or --resume to finish what is there")
+
+
+def _check_same_study(plan: StudyRun, out: Path) -> None:
+    """ConfigError where a folder holds cells of another study or scale, with which no report could be made."""
+    for path in sorted((out / CELLS).glob("*.json")):
+        held = _read(path)
+        if (held["study"], held["scale"]) != (plan.study.name, plan.scale):
+            raise ConfigError(
+                f"{out} holds study {held['study']} at scale {held['scale']}, not {plan.study.name} at scale "
+                f"{plan.scale}: give another --out"
+            )
 
 
 def read_cells(out: Path, study: Study) -> list[dict[str, Any]]:
