@@ -289,6 +289,8 @@ def _make(
                         if diverged is None:
                             raise
                         diverged[cell.variant.name] = error
+                        if progress is not None:
+                            progress(f"{cell.name} diverged, its rate is not chosen", 0, 0)
                         continue
                     write_json(cell.results, result)
                     shutil.rmtree(cell.checkpoint, ignore_errors=True)

@@ -195,7 +195,7 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
         before, labels = head.memory.ids[: len(head.memory)].clone(), head.memory.labels[: len(head.memory)].clone()
         done = exchange_centers(head, z, y, ids, self.rules, self.buffer.budget, self.seed)
         data = self._data(strategy)
-        self.buffer.exchange(done.dropped.cpu(), data, done.added.cpu(), _number(strategy))
+        self.buffer.exchange(done.dropped.cpu(), data, done.added.cpu(), _experience_number(strategy))
         if average is not None:
             own = kernel_head(model)
             own.drop(done.dropped)
@@ -228,7 +228,7 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
         model = headed_with_centers(strategy.model)
         head = kernel_head(model)
         z, y, ids = self._embed(strategy, model)
-        change = self.buffer.offer(data, rows, _number(strategy))
+        change = self.buffer.offer(data, rows, _experience_number(strategy))
         if len(change.left):
             drop_in_turn(head, change.left.to(ids.device), self.rules)
         at = rows[change.entered].to(ids.device)
@@ -303,6 +303,6 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
         return embed_batches(model, batches, strategy.device, "float32")
 
 
-def _number(strategy: Any) -> int:
+def _experience_number(strategy: Any) -> int:
     """Of the experience that is learned, as the buffer counts."""
-    return int(strategy.number if isinstance(strategy, ReplayStrategy) else strategy.clock.train_exp_counter)
+    return int(strategy.experience_number if isinstance(strategy, ReplayStrategy) else strategy.clock.train_exp_counter)

@@ -125,7 +125,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         self.epochs_done = 0
         #: Of the experience that is learned, as the buffer counts: one that was loaded may hold samples of more
         #: experiences than this strategy has learned.
-        self.number = 0
+        self.experience_number = 0
         self.gradient_samples = 0
         self._data: ImageSet | None = None
         self._codes: Tensor | None = None  # its images as the buffer stores them
@@ -167,8 +167,8 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
             channels_last=self.channels_last,
         )
         loader.set_epoch(self.epochs_done)
-        self.number = max(self.clock.train_exp_counter, self.buffer.experiences)
-        self.dataloader = ReplayLoader(loader, self.buffer, self.replay_batch, self.number, self.augment)
+        self.experience_number = max(self.clock.train_exp_counter, self.buffer.experiences)
+        self.dataloader = ReplayLoader(loader, self.buffer, self.replay_batch, self.experience_number, self.augment)
 
     def make_eval_dataloader(self, **kwargs: Any) -> None:
         """The same for evaluation by Avalanche."""
@@ -278,7 +278,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
             wanted = torch.isin(data.labels[rows], classes).nonzero().flatten()
         if not len(wanted):
             return
-        change = self.buffer.offer(data, rows[wanted], self.number, self._codes)
+        change = self.buffer.offer(data, rows[wanted], self.experience_number, self._codes)
         head = self.head
         if not isinstance(head, MemoryHead) or head.trains_with != "output":
             return

@@ -505,7 +505,11 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(
 ) -> None:
     diverging(monkeypatch, lambda config: config.strategy == "naive" and (config.learning_rate or 0) > 0.2)
     comparison = replace(plan("naive", "replay", rates=(0.03, 0.1, 0.3)), base=replace(BASE, validation=0.1))
-    found = compare_streams(replace(comparison, extend_rates=True), tmp_path)
+    told: list[str] = []
+    found = compare_streams(
+        replace(comparison, extend_rates=True), tmp_path, progress=lambda what, done, total: told.append(what)
+    )
+    assert told == ["naive+lr=0.3-s0 diverged, its rate is not chosen"]
     assert found["learning_rates"] == {"naive": 0.1, "replay": 0.1}
     assert found["finished"] == 2
 
