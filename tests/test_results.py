@@ -1,0 +1,73 @@
+"""The contest's tables say what the committed results say, and leave none of them out."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SEEDS = (0, 1, 2)
+
+# The heading above a table, the folder its runs are in, and what stands between a row's name and its seed.
+CONTESTS = [
+    ("### The contest", "contest-split-cifar10", "-m1000"),
+    ("#### The bytes of 200 images", "contest-split-cifar10", "-m200"),
+    ("#### Split CIFAR-100", "contest-split-cifar100", "-m2000"),
+]
+
+
+def _table(document: Path, heading: str, first: str) -> list[dict[str, str]]:
+    """Rows, by column, of the first table below ``heading`` whose header begins with ``first``."""
+    lines = document.read_text(encoding="utf-8").splitlines()
+    at = next(n for n in range(lines.index(heading), len(lines)) if lines[n].startswith(first))
+    end = next(n for n in range(at, len(lines)) if not lines[n].startswith("|"))
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[at:end])
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def _run(folder: str, run: str) -> dict[str, Any] | None:
+    path = RESULTS / folder / f"{run}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _accuracy(run: dict[str, Any] | None) -> str:
+    return "-" if run is None else f"{100 * run['accuracy']:.2f}"
+
+
+@pytest.mark.parametrize(("heading", "folder", "memory"), CONTESTS)
+def test_a_contest_s_table_is_that_of_its_runs(heading: str, folder: str, memory: str) -> None:
+    rows = _table(ROOT / "benchmarks" / "README.md", heading, "| strategy | rate | seed 0 |")
+    for row in rows:
+        name = row["strategy"]
+        of = "" if name.startswith("joint") else memory
+        runs = [_run(folder, f"{name}{of}-s{seed}") for seed in SEEDS]
+        assert [row[f"seed {seed}"] for seed in SEEDS] == [_accuracy(run) for run in runs], name
+        made = [run for run in runs if run is not None]
+        percents = [100 * run["accuracy"] for run in made]
+        whole = f"{statistics.mean(percents):.1f} ± {statistics.stdev(percents):.1f}" if len(made) == len(SEEDS) else ""
+        assert row["mean"] == whole, name
+        for run in made:
+            assert float(row["rate"]) == pytest.approx(run["config"]["learning_rate"]), name
+            assert row["exemplars"] == f"{run['exemplars']:,}", name
+            assert row["memory"] == f"{run['memory_bytes'] / 1e6:.2f} MB", name
+            assert row["gradient samples"] == f"{run['gradient_samples']:,}", name
+    tail = f"{memory}-s0.json"
+    made_first = {path.name.removesuffix(tail) for path in (RESULTS / folder).glob(f"*{tail}")}
+    assert made_first <= {row["strategy"] for row in rows}
+
+
+@pytest.mark.parametrize(("heading", "folder", "memory"), [CONTESTS[0], CONTESTS[2]])
+def test_a_rate_is_the_best_of_its_row_on_held_out_images(heading: str, folder: str, memory: str) -> None:
+    document = ROOT / "benchmarks" / "README.md"
+    chosen = {row["strategy"]: row["rate"] for row in _table(document, heading, "| strategy | rate | seed 0 |")}
+    for row in _table(document, heading, "| strategy | 0.0"):
+        name, samples = row.pop("strategy"), row.pop("gradient samples")
+        of = "" if name.startswith("joint") else memory
+        runs = {rate: _run(f"{folder}/validation", f"{name}+lr={rate}{of}-s0") for rate in row}
+        assert {rate: row[rate] or "-" for rate in row} == {rate: _accuracy(run) for rate, run in runs.items()}, name
+        passed = sorted({run["gradient_samples"] for run in runs.values() if run is not None})
+        assert samples == " to ".join(f"{n:,}" for n in dict.fromkeys([passed[0], passed[-1]])), name
+        assert chosen[name] == max((rate for rate in row if row[rate]), key=lambda rate: float(row[rate])), name
