@@ -45,8 +45,8 @@ class RunConfig:
         head_options: options of the head. Where strategy ``impostor`` compresses exemplars, ``bytes_per_center`` is 16
             unless given; 0 keeps centers as they are. Where ``memory`` is below 100, the stream's ``whiten`` is left
             out: so few samples say little of a covariance, and its map would take the place of many.
-        ema: decay of averaged weights that take the place of the trained ones after each experience; for strategies of
-            our own. None: what the strategy proposes, 0.99 for ``impostor``; 0: none.
+        ema: decay of averaged weights that take the place of the trained ones after each experience. None: what the
+            strategy proposes, 0.99 for ``impostor`` and none for others; 0: none.
         exemplar_bytes: bytes an exemplar's image is compressed to, lossy WebP; new images are seen so too.
             ``memory`` is then the bytes of so many uncompressed images; centers, and what DER keeps with each exemplar,
             count too. None: for ``impostor`` what the stream proposes; 0: images as they are.
@@ -120,8 +120,8 @@ class RunConfig:
         head = strategy.resolve_head(self.head)
         if not strategy.ours and self.head_options:
             raise ConfigError(f"strategy {strategy.name!r} takes no head options, got {', '.join(self.head_options)}")
-        if self.ema is not None and not strategy.ours:
-            raise ConfigError(f"strategy {strategy.name!r} does not know ema: take --strategy replay")
+        if self.ema is not None and not strategy.averages:
+            raise ConfigError(f"strategy {strategy.name!r} trains no weights, so that ema means nothing to it")
         if self.exemplar_bytes is not None and not strategy.uses_memory:
             raise ConfigError(
                 f"strategy {strategy.name!r} keeps no exemplars, so that exemplar_bytes means nothing to it"

@@ -81,8 +81,10 @@ class StreamComparison:
                 raise ConfigError(f"strategy {name!r} is given twice")
         stream = stream_spec(self.base.stream)
         specs = [strategy_spec(variant.strategy) for variant in self.variants]
-        if self.base.ema is not None and not any(spec.ours for spec in specs):
-            raise ConfigError("--ema averages weights of our own strategies, and none of them is among those given")
+        if self.base.ema is not None and not any(spec.averages for spec in specs):
+            raise ConfigError(
+                "--ema averages the weights that are trained, and none of the strategies given trains any"
+            )
         if self.base.exemplar_bytes is not None and not any(spec.uses_memory for spec in specs):
             raise ConfigError("--exemplar-bytes compresses exemplars, and none of the strategies given keeps any")
         for name in self.base.strategy_options:
@@ -114,7 +116,7 @@ class StreamComparison:
             self.base,
             memory=memory,
             seed=seed,
-            ema=self.base.ema if spec.ours else None,
+            ema=self.base.ema if spec.averages else None,
             exemplar_bytes=self.base.exemplar_bytes if spec.uses_memory else None,
             head_options=self.base.head_options if spec.ours else {},
             strategy_options={name: value for name, value in self.base.strategy_options.items() if name in known},

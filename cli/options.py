@@ -58,9 +58,7 @@ StrategyOptions = Annotated[
 ]
 Ema = Annotated[
     float | None,
-    typer.Option(
-        "--ema", metavar="DECAY", help="Answer with weights averaged over steps, as 0.99; 0: not (our strategies)."
-    ),
+    typer.Option("--ema", metavar="DECAY", help="Answer with weights averaged over steps, as 0.99; 0: not."),
 ]
 ExemplarBytes = Annotated[
     int | None,

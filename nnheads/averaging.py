@@ -14,17 +14,18 @@ from nnheads.headed import HeadedModel
 
 @final
 class WeightAverage:
-    """Exponential moving average of the backbone (parameters and batch-norm statistics) and the head's parameters.
+    """Exponential moving average of a network's parameters and batch-norm statistics.
 
     The decay of step n is ``min(decay, (1 + n) / (10 + n))``, so that a short training is not averaged with its own
-    beginning. Integer buffers are copied: an average would corrupt an index. The memory is not averaged.
+    beginning. Integer buffers are copied: an average would corrupt an index. Of a head the parameters are averaged; its
+    memory is not.
 
     Args:
         model: what is trained.
         decay: between 0 and 1.
     """
 
-    def __init__(self, model: HeadedModel, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.steps = 0
         self.live = _averaged_parts(model)
@@ -36,7 +37,7 @@ class WeightAverage:
         self.steps += 1
 
     @torch.no_grad()
-    def apply(self, model: HeadedModel | None = None) -> None:
+    def apply(self, model: nn.Module | None = None) -> None:
         """Puts the averaged weights into the model, or into another one like it."""
         if not self.steps:
             return
@@ -59,5 +60,7 @@ class WeightAverage:
             torch._foreach_copy_(averaged, current)
 
 
-def _averaged_parts(model: HeadedModel) -> nn.ModuleList:
+def _averaged_parts(model: nn.Module) -> nn.ModuleList:
+    if not isinstance(model, HeadedModel):
+        return nn.ModuleList([model])
     return nn.ModuleList([model.backbone, nn.ParameterList(model.head.parameters())])

@@ -27,7 +27,7 @@ from nnheads.strategies.avalanche_learner import AvalancheLearner, Features, Kep
 from nnheads.strategies.avalanche_options import DEROptions, GDumbOptions
 from nnheads.strategies.averaged import module_bytes
 from nnheads.strategies.learner import Learner, Setup
-from nnheads.strategies.plugins import GEM, StepReport, silent_evaluator
+from nnheads.strategies.plugins import GEM, AveragedWeights, StepReport, silent_evaluator
 from nnheads.strategies.views import ContrastiveViews
 
 EWC_LAMBDA: Final = 1.0
@@ -255,6 +255,8 @@ def _common(setup: Setup, *plugins: Any, model: nn.Module | None = None) -> dict
         # as it is, unless asked for: nobody else's time or numbers are changed unknowingly
         model = setup.backbone if setup.precision == "auto" else Lowered(setup.backbone, setup.precision)
     all_plugins = list(plugins)
+    if setup.ema is not None:
+        all_plugins.append(AveragedWeights(setup.ema))
     if setup.on_step is not None:
         all_plugins.append(StepReport(setup.on_step))
     return {

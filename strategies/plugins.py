@@ -13,6 +13,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.gem import GEMPlugin
 from torch import Tensor
 
+from nnheads.averaging import WeightAverage
 from nnheads.data import leaves_one
 
 
@@ -33,6 +34,38 @@ class StepReport(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not ty
 
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         self.report(strategy.train_mb_size)
+
+
+@final
+class AveragedWeights(SupervisedPlugin):  # type: ignore[misc]
+    """Averages the weights over the steps of each experience.
+
+    The average takes their place at its end, before a strategy chooses exemplars by them, keeps their answers or takes
+    class means.
+
+    Args:
+        decay: see `nnheads.averaging.WeightAverage`.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.average: WeightAverage | None = None
+
+    def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        if self.average is None:  # not before: GDumb puts another network in its model's place
+            self.average = WeightAverage(strategy.model, self.decay)
+
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        assert self.average is not None
+        self.average.update()
+
+    def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        # Not after the experience: DER has kept its network's answers by then.
+        if strategy.clock.train_exp_epochs + 1 == strategy.train_epochs:
+            assert self.average is not None
+            self.average.apply()
+            self.average = None
 
 
 @final

@@ -36,6 +36,7 @@ class StrategySpec:
         new_classes: whether it needs experiences with classes of their own.
         kernels: whether it takes only heads that vote with Gaussian kernels.
         ema: decay of the averaged weights where the user gives none; 0 for none.
+        averages: whether weights can be averaged, as it trains some.
         compresses: whether exemplars are stored as the stream proposes where the user says nothing.
     """
 
@@ -50,12 +51,13 @@ class StrategySpec:
     new_classes: bool = False
     kernels: bool = False
     ema: float = 0.0
+    averages: bool = True
     compresses: bool = False
 
     @property
     def ours(self) -> bool:
-        """Whether it is this project's own and no strategy of Avalanche's: it takes any head, raw images with ids and
-        averaged weights, and can be saved and resumed between experiences."""
+        """Whether it is this project's own and no strategy of Avalanche's: it takes any head and raw images with
+        ids, and can be saved and resumed between experiences."""
         return self.classifier == "any"
 
     @property
@@ -129,6 +131,7 @@ def _avalanche(
     options: str = "",
     replays: bool = False,
     new_classes: bool = False,
+    averages: bool = True,
 ) -> StrategySpec:
     options = options and f"{_AVALANCHE}_options:{options}"
     return StrategySpec(
@@ -140,6 +143,7 @@ def _avalanche(
         options=options,
         replays=replays,
         new_classes=new_classes,
+        averages=averages,
     )
 
 
@@ -188,7 +192,9 @@ STRATEGIES: dict[str, StrategySpec] = {
             options="GDumbOptions",
         ),
         _avalanche("scr", "scr", "supervised contrastive replay (Mai et al. 2021)", "nearest-class-mean", replays=True),
-        _avalanche("slda", "slda", "streaming LDA on a frozen backbone (Hayes et al. 2020)", "lda", False),
+        _avalanche(
+            "slda", "slda", "streaming LDA on a frozen backbone (Hayes et al. 2020)", "lda", False, averages=False
+        ),
         _avalanche("ewc", "ewc", "elastic weight consolidation (Kirkpatrick et al. 2017)", uses_memory=False),
         _avalanche("gem", "gem", "gradient episodic memory (Lopez-Paz and Ranzato 2017)"),
         _avalanche("si", "si", "synaptic intelligence (Zenke et al. 2017)", uses_memory=False),

@@ -164,7 +164,7 @@ def test_results_of_another_precision_are_not_taken_for_these(
         ("icarl+head=knn", "'icarl' brings its own classifier"),
         ("replay+ema=much", "ema must be between 0 and 1, not 'much'"),
         ("replay+memory=many", "memory must be a whole number"),
-        ("er-ace+ema=0.9", "strategy 'er-ace' does not know ema"),
+        ("slda+ema=0.9", "strategy 'slda' trains no weights"),
         ("replay+backbone=convne", "convnet"),
     ],
 )
@@ -178,7 +178,7 @@ def test_mistakes_in_a_variant(text: str, message: str) -> None:
     [
         (StreamComparison((), base=BASE), "at least one strategy"),
         (plan("replay", "replay+ema=0.9", "replay"), "'replay' is given twice"),
-        (replace(plan("naive"), base=replace(BASE, ema=0.9)), "--ema averages weights of our own strategies"),
+        (replace(plan("slda"), base=replace(BASE, ema=0.9)), "--ema averages the weights that are trained"),
         (replace(plan("naive"), base=replace(BASE, exemplar_bytes=384)), "none of the strategies given keeps any"),
         (replace(plan("replay"), base=replace(BASE, strategy_options={"n_a": 1})), "none of the strategies given has"),
         (plan("replay+head=dense", "impostor+drift=slow"), "drift must be one of free, frozen, distill, not 'slow'"),

@@ -14,7 +14,7 @@ from nnheads.benchmarks.config import RunConfig
 from nnheads.benchmarks.run_setup import build_learner, load_stream
 from nnheads.data import Preprocessing
 from nnheads.errors import ConfigError
-from nnheads.strategies import strategy_spec
+from nnheads.strategies import list_strategies, strategy_spec
 from nnheads.strategies.avalanche_options import DEROptions, GDumbOptions
 from nnheads.strategies.learner import Learner
 
@@ -111,6 +111,38 @@ def test_a_memory_smaller_than_a_batch_of_it_is_replayed(name: str) -> None:
         passed.append(made.gradient_samples)
     first, second = passed[0], passed[1] - passed[0]
     assert second >= first + 4 * 20 - 16  # 20 in each of its steps, of which there may be one fewer
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in list_strategies() if spec.averages and not spec.ours])
+def test_averaged_weights_take_the_place_of_the_trained_ones(name: str) -> None:
+    from avalanche.core import SupervisedPlugin
+
+    made = learner(name, ema=0.9, epochs=2)
+    strategy = strategy_of(made)
+    average, steps = torch.zeros(0), 0
+
+    class Recurrence(SupervisedPlugin):  # type: ignore[misc]
+        def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+            nonlocal average, steps
+            weight = next(strategy.model.parameters()).detach()
+            decay = min(0.9, (1 + steps) / (10 + steps))
+            average = weight.clone() if steps == 0 else decay * average + (1 - decay) * weight
+            steps += 1
+
+    strategy.plugins.append(Recurrence())
+    for experience in range(1 if name == "joint" else 2):
+        steps = 0  # each experience begins an average of its own, from the last one
+        made.learn(experience)
+        assert steps > 2
+        torch.testing.assert_close(next(strategy.model.parameters()).detach(), average)
+
+
+def test_der_keeps_the_answers_of_the_averaged_network() -> None:
+    made = learner("der", ema=0.9)
+    made.learn(0)
+    strategy = strategy_of(made)
+    x, _, _, logits = next(iter(torch.utils.data.DataLoader(strategy.storage_policy.buffer.eval(), batch_size=20)))
+    torch.testing.assert_close(logits, made.scores(x))
 
 
 def test_weights_of_der() -> None:

@@ -303,7 +303,7 @@ def test_settings_that_cannot_work(options: dict[str, Any], message: str) -> Non
     [
         ({"memory": 9}, "memory of 9 exemplars is smaller than the 10 classes"),
         ({"strategy": "icarl", "head": "impostor"}, "brings its own classifier"),
-        ({"strategy": "naive", "ema": 0.9}, "strategy 'naive' does not know ema"),
+        ({"strategy": "slda", "ema": 0.9}, "strategy 'slda' trains no weights"),
         ({"strategy": "naive", "exemplar_bytes": 384}, "strategy 'naive' keeps no exemplars"),
         ({"strategy": "gdumb", "exemplar_bytes": 384}, "images of 64 bytes are too small to be compressed"),
         ({"strategy": "naive", "strategy_options": {"n_a": 1}}, "'naive' has no options of its own, got n_a"),
