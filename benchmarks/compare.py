@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -307,8 +306,7 @@ def _agreements(config: CompareConfig, out: Path) -> dict[tuple[str, int], float
 def _write_array(path: Path, array: Any) -> None:
     import numpy as np
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("wb") as file:
+    from nnheads.storage import replacing_file
+
+    with replacing_file(path) as made, made.open("wb") as file:
         np.save(file, array, allow_pickle=False)
-    os.replace(beside, path)

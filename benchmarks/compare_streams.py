@@ -29,6 +29,9 @@ __all__ = [
     "summarize_streams",
 ]
 
+Group = tuple[int | None, str]
+"""The runs of a row: with which memory (None: one of its own, or none), and its name."""
+
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and how much there is (0: not known)."""
 
@@ -143,11 +146,14 @@ def summarize_streams(plan: StreamComparison, cells: Sequence[StreamCell]) -> di
     """
     names = [variant.name for variant in plan.variants]
     reference = REFERENCE if REFERENCE in names else names[0]
-    groups: dict[tuple[int | None, str], dict[int, dict[str, Any]]] = {}
+    groups: dict[Group, dict[int, dict[str, Any]]] = {}
+    allowed: dict[Group, int | None] = {}  # how many exemplars; None where there are none
     for cell in cells:
         result = cell.finished()
         if result is not None:
-            groups.setdefault((cell.memory, cell.variant.name), {})[cell.seed] = result
+            group = cell.memory, cell.variant.name
+            groups.setdefault(group, {})[cell.seed] = result
+            allowed[group] = cell.config.memory if strategy_spec(cell.variant.strategy).uses_memory else None
     return {
         "kind": "stream",
         "stream": plan.base.stream,
@@ -157,18 +163,23 @@ def summarize_streams(plan: StreamComparison, cells: Sequence[StreamCell]) -> di
         "reference": reference,
         "settings": _shared(plan),
         "rows": [
-            _row(name, memory, groups[memory, name], _reference(groups, reference, memory))
+            _row(name, memory, groups[memory, name], _reference(groups, allowed, reference, (memory, name)))
             for memory, name in sorted(groups, key=lambda group: names.index(group[1]))
         ],
     }
 
 
 def _reference(
-    groups: dict[tuple[int | None, str], dict[int, dict[str, Any]]], name: str, memory: int | None
+    groups: dict[Group, dict[int, dict[str, Any]]], allowed: dict[Group, int | None], name: str, row: Group
 ) -> dict[int, dict[str, Any]]:
-    """By seed, the runs of a row with the same memory, or with any where that does not matter to one of the two."""
-    for (other, found), runs in groups.items():
-        if found == name and (other == memory or other is None or memory is None):
+    """By seed, the runs of the row ``name`` that were allowed as many exemplars as those of ``row``.
+
+    Runs with any number do where it does not matter to one of the two, or where the row ``name`` has a memory of its
+    own.
+    """
+    for other, runs in groups.items():
+        memory, found = other
+        if found == name and (memory is None or allowed[row] is None or allowed[other] == allowed[row]):
             return runs
     return {}
 

@@ -197,8 +197,8 @@ class CompareConfig:
             raise unknown_name("data set", self.dataset, [*list_datasets(), "images:DIR"])
         if self.ood is not None and self.ood not in list_datasets() and not self.ood.startswith("images:"):
             raise unknown_name("data set", self.ood, [*list_datasets(), "images:DIR"])
-        if self.ood is not None and self.ood == self.dataset:
-            raise ConfigError(f"--ood {self.ood} is what the heads are trained on: give another data set")
+        if self.ood is not None and _sets(self.ood) & _sets(self.dataset):
+            raise ConfigError(f"--ood {self.ood} holds what the heads are trained on: give another data set")
         if self.backbone is not None:
             build_backbone(self.backbone)
         for head in self.heads:
@@ -281,3 +281,8 @@ def _named_file(path: Path) -> str:
         return path.name
     with file.open("rb") as opened:
         return f"{path.name} {hashlib.file_digest(opened, 'sha256').hexdigest()[:16]}"
+
+
+def _sets(name: str) -> set[str]:
+    """The data sets that one is made of."""
+    return {"cifar10", "cifar100"} if name == "cifar110" else {name}

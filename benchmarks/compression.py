@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nnheads.benchmarks.results import device_name, versions, write_json
 from nnheads.benchmarks.scripts import run_script
-from nnheads.errors import ConfigError, NNHeadsError
+from nnheads.errors import ConfigError
 from nnheads.heads import MemoryHead, build_head
 from nnheads.heads.compressed import compressed_head
 
@@ -163,10 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, help="of the test images (default: all)")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
-    try:
-        found = _run(given)
-    except NNHeadsError as error:
-        parser.exit(1, f"error: {error}\n")
+    found = _run(given)
     print(table(found["rows"]))
     paper = found["papers_size"]
     print(
@@ -187,11 +184,14 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             f"{given.model}: head {model.head.name!r} does not compress its centers: save knn or impostor"
         )
+    if model.head.memory.coded:
+        raise ConfigError(f"{given.model}: its centers are compressed already: take a model with raw ones")
     head = model.head if given.centers is None else fewer_centers(model.head, given.centers)
     test = load_dataset(given.dataset, given.data_dir).test
     if given.samples is not None:
         test = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: given.samples])
     z, y, _ = embed(model, test)
+    head.to("cpu")
     return {
         "dataset": given.dataset,
         "head": head.name,

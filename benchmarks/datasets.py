@@ -169,15 +169,19 @@ def load_foreign(name: str, data_dir: str | Path | None, preprocessing: Preproce
         name, data_dir: as in `load_dataset`.
         preprocessing: gives size and channels; images are resized, and made grey or RGB.
     """
+    found = load_images(name, data_dir, train=False)
+    return replace(found, images=in_form(found.images, preprocessing.size, preprocessing.channels))
+
+
+def in_form(images: Tensor, size: tuple[int, int], channels: int) -> Tensor:
+    """Images (N, C, H, W) uint8 resized to ``size`` and made grey (1 channel) or RGB (3)."""
     from torchvision.transforms.functional import rgb_to_grayscale
 
-    found = load_images(name, data_dir, train=False)
-    images = found.images
-    if tuple(images.shape[2:]) != preprocessing.size:
-        images = _resized(images, preprocessing.size)
-    if images.shape[1] != preprocessing.channels:
-        images = rgb_to_grayscale(images) if preprocessing.channels == 1 else images.expand(-1, 3, -1, -1).contiguous()
-    return replace(found, images=images)
+    if tuple(images.shape[2:]) != size:
+        images = _resized(images, size)
+    if images.shape[1] != channels:
+        images = rgb_to_grayscale(images) if channels == 1 else images.expand(-1, 3, -1, -1).contiguous()
+    return images
 
 
 def _known(name: str) -> DatasetFacts:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from nnheads.benchmarks.drift_table import WHERE, table
-from nnheads.benchmarks.scripts import run_script
+from nnheads.benchmarks.scripts import check_whole, run_script
 from nnheads.center_choice import best_predicted, worst_predicted
 from nnheads.centers import Redistribution, add_centers, drop_centers
-from nnheads.errors import ConfigError, DataError, NNHeadsError
+from nnheads.errors import ConfigError, DataError
 from nnheads.heads import build_head
 from nnheads.heads.kernel_vote import KernelVoteHead
 
@@ -93,7 +93,16 @@ def drift_study(
 
     Raises:
         DataError: too few samples.
+        ConfigError: a number below 1.
     """
+    for name, value in (
+        ("centers", centers),
+        ("k", k),
+        ("singles", singles),
+        ("at_once", at_once),
+        ("held_out", held_out),
+    ):
+        check_whole(name, value)
     wanted = centers + max(singles, at_once)
     if len(data.z) < wanted or len(data.zq) < held_out:
         raise DataError(
@@ -306,13 +315,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = vars(parser.parse_args())
     source, dataset, data_dir, out = (given.pop(name) for name in ("source", "dataset", "data_dir", "json"))
-    try:
-        if source.suffix == ".npz":
-            result = study_file(source, **given)
-        else:
-            result = drift_study(_embedded_by(source, dataset, data_dir, given), **given)
-    except NNHeadsError as error:
-        raise SystemExit(f"error: {error}") from None
+    if source.suffix == ".npz":
+        result = study_file(source, **given)
+    else:
+        result = drift_study(_embedded_by(source, dataset, data_dir, given), **given)
     print(table(result))
     if out is not None:
         from nnheads.benchmarks.results import device_name, versions, write_json

@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 import time
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,10 @@ from nnheads.attach import attach_head
 from nnheads.backbones import build_backbone
 from nnheads.benchmarks.datasets import load_dataset
 from nnheads.benchmarks.results import device_name, versions, write_json
-from nnheads.benchmarks.scripts import run_script
+from nnheads.benchmarks.scripts import check_whole, run_script
 from nnheads.benchmarks.speed.harness import Clock, own_clock
 from nnheads.data import BatchLoader, get_augmentation
 from nnheads.devices import autocast_for, prefers_channels_last, resolve_device
-from nnheads.errors import ConfigError
 from nnheads.headed import HeadedModel
 from nnheads.heads import MemoryHead
 
@@ -67,17 +67,16 @@ def measure(
         name: torch.optim.SGD([*m.backbone.parameters(), *m.head.parameters()], lr=1e-3) for name, m in models.items()
     }
     channels_last = prefers_channels_last(where)
-    loader = iter(
-        BatchLoader(
-            data.train,
-            data.preprocessing,
-            batch_size,
-            shuffle=True,
-            augment=get_augmentation("crop-flip"),
-            device=where,
-            channels_last=channels_last,
-        )
+    batches_of_one_pass = BatchLoader(
+        data.train,
+        data.preprocessing,
+        batch_size,
+        shuffle=True,
+        augment=get_augmentation("crop-flip"),
+        device=where,
+        channels_last=channels_last,
     )
+    loader = chain.from_iterable(repeat(batches_of_one_pass))  # as many passes as the rounds need
     for model in models.values():
         _fill(model, next(loader)[0])
     seconds: dict[str, list[float]] = {name: [] for name in heads}
@@ -191,9 +190,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if given.threads is not None:
-        if given.threads < 1:
-            raise ConfigError(f"--threads must be 1 or more, got {given.threads}")
+        check_whole("--threads", given.threads)
         torch.set_num_threads(given.threads)
+    check_whole("--rounds", given.rounds)
     found = measure(given.data_dir, device=given.device, rounds=given.rounds)
     print(json.dumps(found, indent=2))
     if given.out is not None:

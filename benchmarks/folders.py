@@ -76,7 +76,7 @@ def from_folder(
     """Loads ``folder/<class>/*`` into memory.
 
     The decoded images are kept under `cache_root` and are read from there as long as the folder's files stay
-    the same (names, number, newest modification time).
+    the same (names, sizes, times of modification).
 
     Args:
         folder: holds one folder of images for each class.
@@ -165,11 +165,10 @@ def _some(names: list[str], limit: int = 5) -> str:
 
 def _fingerprint(files: list[str]) -> str:
     digest = hashlib.sha256()
-    newest = 0
     for file in files:
-        digest.update(file.encode() + b"\0")
-        newest = max(newest, os.stat(file).st_mtime_ns)
-    return f"{len(files)} {newest} {digest.hexdigest()}"
+        facts = os.stat(file)
+        digest.update(f"{file}\0{facts.st_mtime_ns} {facts.st_size}\0".encode())
+    return f"{len(files)} {digest.hexdigest()}"
 
 
 def _natural(files: list[str], folder: Path, progress: Progress | None, side: int | None) -> Preprocessing:

@@ -18,8 +18,9 @@ import torch
 
 from nnheads.benchmarks.comparison import head_variant
 from nnheads.benchmarks.results import device_name, versions, write_json
-from nnheads.benchmarks.scripts import run_script
+from nnheads.benchmarks.scripts import check_whole, run_script
 from nnheads.devices import resolve_device
+from nnheads.errors import ConfigError
 from nnheads.heads import MemoryHead, build_head, head_class, list_heads
 
 CLASSES = 10
@@ -72,7 +73,8 @@ def _times(
     torch.manual_seed(0)
     name, options = head_variant(text)
     head = build_head(name, width, CLASSES, **options).to(device).eval()
-    assert isinstance(head, MemoryHead)
+    if not isinstance(head, MemoryHead):
+        raise ConfigError(f"head {name!r} has no memory to forget from: take knn, nca, nngk or impostor")
     y = torch.arange(centers, device=device) % CLASSES
     z = torch.randn(centers, width, device=device) + 2 * torch.randn(CLASSES, width, device=device)[y]
     ids = torch.arange(centers, device=device)
@@ -99,6 +101,8 @@ def _times(
 
 
 def _timed(work: Any, device: torch.device) -> float:
+    if device.type == "cuda":  # what was asked for before may be under way
+        torch.cuda.synchronize(device)
     started = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -118,6 +122,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    for name in ("rounds", "centers", "dropped", "queries"):
+        check_whole(f"--{name}", getattr(given, name))
     found = measure(
         given.heads.split(",") if given.heads else None,
         centers=given.centers,

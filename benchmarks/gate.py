@@ -27,7 +27,7 @@ from nnheads.benchmarks.datasets import ImageData, load_dataset
 from nnheads.benchmarks.gate_unexpected import gate_values, prepared, unexpected
 from nnheads.benchmarks.plots import new_figure, save_figure
 from nnheads.benchmarks.results import device_name, versions, write_json
-from nnheads.benchmarks.scripts import run_script
+from nnheads.benchmarks.scripts import check_whole, run_script
 from nnheads.data import ImageSet
 from nnheads.errors import ConfigError
 from nnheads.gating import count_flops, sweep_threshold
@@ -83,7 +83,7 @@ def measure(
     flops = count_flops(gated, x)
     head = gated.gated_head()
     plain, own = evaluate(dense, data.test), evaluate(gated, data.test)
-    skipped = gate_values(gated, data.test.images) >= head.gate.threshold
+    skipped = gate_values(gated, data.test.images) >= float(head.gate.threshold)
     sweep = sweep_threshold(gated, data.test, timed_batches=2, rounds=min(2, rounds), precision="float32")
     return {
         "flops": {**asdict(flops), "share_of_f2": flops.second / (flops.first + flops.second)},
@@ -124,7 +124,9 @@ def figure(found: dict[str, Any]) -> Any:
     right.axvline(100 * found["skipped"], color="tab:orange", label="chosen threshold")
     right.set(xlabel="test images that skip f2 (%)", ylabel="time of a batch, whole network = 1", ylim=(0, None))
     right.legend()
-    where = f"{found['backbone']} cut behind {found['at']}, {found['epochs']} epochs, seed {found['seed']}"
+    network = "a saved network" if found["backbone"] is None else f"{found['backbone']}, {found['epochs']} epochs,"
+    seed = "" if found["seed"] is None else f", seed {found['seed']}"
+    where = f"{network} cut behind {found['at']}{seed}"
     drawn.suptitle(f"biased head on {found['dataset']}: {where}; {found['device']}", fontsize=9)
     return drawn
 
@@ -143,6 +145,8 @@ def _time_ratio(
                 started, worked = time.perf_counter(), time.process_time()
                 for x in batches:
                     model(x)
+                if gated.device.type == "cuda":
+                    torch.cuda.synchronize(gated.device)
                 if number:
                     seconds[name].append(1000 * (time.perf_counter() - started) / len(batches))
                     busy[name].append(1000 * (time.process_time() - worked) / len(batches))
@@ -186,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", type=Path, help="save both networks here")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
+    check_whole("--rounds", given.rounds)
 
     data = load_dataset(given.dataset, given.data_dir)
     train, held_out = parts(data.train, given.held_out)
@@ -212,20 +217,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         head = gated.gated_head()
         head.gate.tolerance = given.tolerance
         z, y, _ = embed(gated, held_out)
-        head.calibrate(z, y)
+        head.calibrate(z.to(gated.device), y.to(gated.device))
     if given.models is not None:
         save(dense, given.models / "dense")
         save(gated, given.models / "gated")
     found = {
         "dataset": given.dataset,
-        "backbone": given.backbone,
+        # of what was trained here
+        "backbone": None if given.dense else given.backbone,
         "at": gated.at,
-        "epochs": given.epochs,
-        "gate_epochs": given.gate_epochs,
+        "epochs": None if given.dense else given.epochs,
+        "gate_epochs": None if given.gated else given.gate_epochs,
         "gate_seconds": history.seconds if history else None,
         "train_images": len(train),
         "held_out_images": len(held_out),
-        "seed": given.seed,
+        "seed": None if given.dense and given.gated else given.seed,
         "recipe": RECIPE,
         "head": gated.head.config(),
         **measure(data, dense, gated, rounds=given.rounds),

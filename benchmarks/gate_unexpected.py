@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nnheads.benchmarks.datasets import load_images
+from nnheads.benchmarks.datasets import in_form, load_images
 from nnheads.data import ImageSet
+from nnheads.errors import DataError
 from nnheads.headed import HeadedModel, evaluating
 from nnheads.training import evaluate
 
@@ -24,7 +26,7 @@ def unexpected(dense: HeadedModel, gated: HeadedModel, test: ImageSet, data_dir:
         dense: the plain network, whose likeliest probability is the rival score.
         gated: the gated network.
         test: test images of the network's own data set; ``OTHER`` of them are drawn.
-        data_dir: where the other data sets are; those that are missing are left out.
+        data_dir: where the other data sets are; those that are missing are left out. Default: ``$NNHEADS_DATA``.
 
     Returns:
         For each: ``data``, ``images``, ``mean_gate``, ``skipped`` and the areas under the ROC curve ``auroc_gate``,
@@ -56,7 +58,7 @@ def unexpected(dense: HeadedModel, gated: HeadedModel, test: ImageSet, data_dir:
 
 @torch.no_grad()
 def gate_values(model: HeadedModel, images: Tensor) -> Tensor:
-    """The gate's value g (n,) of images (n, C, H, W) uint8."""
+    """The gate's value g (n,) of images (n, C, H, W) uint8; on the CPU."""
     head = model.gated_head()
     found = []
     with evaluating(model):
@@ -64,7 +66,7 @@ def gate_values(model: HeadedModel, images: Tensor) -> Tensor:
         head.gate.threshold.fill_(0)  # g is wanted, not the answer: nothing need enter the second part
         try:
             for part in images.split(512):
-                found.append(model.gated(prepared(model, part)).gate)
+                found.append(model.gated(prepared(model, part)).gate.cpu())
         finally:
             head.gate.threshold.copy_(before)
     return torch.cat(found)
@@ -77,7 +79,7 @@ def prepared(model: HeadedModel, images: Tensor) -> Tensor:
 
 
 def _gate_facts(model: HeadedModel, gate: Tensor) -> dict[str, float]:
-    threshold = model.gated_head().gate.threshold
+    threshold = float(model.gated_head().gate.threshold)
     return {"mean_gate": float(gate.mean()), "skipped": float((gate >= threshold).double().mean())}
 
 
@@ -90,21 +92,17 @@ def _others(test: ImageSet, own: ImageSet, data_dir: Path | None) -> dict[str, T
     """Test images of other data sets than ``test``, in its size, and noise like the images drawn from it."""
     generator = torch.Generator().manual_seed(0)
     shape = own.images.shape
-    _, channels, height, width = shape
     found = {}
-    for name in ("cifar100", "cifar10", "mnist"):
+    where = data_dir or os.environ.get("NNHEADS_DATA")  # nothing is downloaded for this
+    for name in ("cifar100", "cifar10", "mnist") if where else ():
         try:
-            other = load_images(name, data_dir, train=False).images if data_dir is not None else None
-        except Exception:  # not there: the table says which were
-            continue
-        if other is None:
+            other = load_images(name, where, train=False).images
+        except DataError:  # not there: the table says which were
             continue
         drawn = torch.randperm(len(other), generator=generator)[:OTHER]
         if torch.equal(other[:2], test.images[:2]):  # the network's own data set
             continue
-        other = other[drawn]
-        resized = torch.nn.functional.interpolate(other.float(), (height, width), mode="bilinear", antialias=True)
-        found[name] = resized.round().clamp(0, 255).to(torch.uint8).expand(-1, channels, -1, -1).contiguous()
+        found[name] = in_form(other[drawn], (int(shape[2]), int(shape[3])), int(shape[1]))
     found["uniform noise"] = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     images = own.images.float()
     mean, std = images.mean((0, 2, 3), keepdim=True), images.std((0, 2, 3), keepdim=True)

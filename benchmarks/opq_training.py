@@ -20,8 +20,8 @@ from torch import Tensor
 from nnheads._codebooks import train_codebooks
 from nnheads._faiss import load_faiss
 from nnheads.benchmarks.results import device_name, versions, write_json
-from nnheads.benchmarks.scripts import run_script
-from nnheads.errors import ConfigError, NNHeadsError
+from nnheads.benchmarks.scripts import check_whole, run_script
+from nnheads.errors import ConfigError
 from nnheads.quantize import ProductQuantizer
 
 QUERIES: Final = 1000
@@ -110,10 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--settings", help="with commas between them; faiss is its default")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
-    try:
-        found = _run(given)
-    except NNHeadsError as error:
-        parser.exit(1, f"error: {error}\n")
+    found = _run(given)
     print(table(found["settings"]))
     if given.json is not None:
         write_json(given.json, found)
@@ -129,9 +126,12 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
     keys = head.memory.all_keys()
     keys = keys[torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))]
     if given.rows is not None:
+        check_whole("--rows", given.rows, 256)  # as many as a codebook has words
         keys = keys[: given.rows + QUERIES]
     if given.width is not None:
         keys = widened(keys, given.width)
+    if given.bytes < 1 or keys.shape[1] % given.bytes:
+        raise ConfigError(f"--bytes must divide the width of {keys.shape[1]}, got {given.bytes}")
     return {
         "rows": len(keys) - QUERIES,
         "width": keys.shape[1],

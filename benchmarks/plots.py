@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-
-from nnheads.errors import CheckpointError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -217,17 +213,8 @@ def save_figure(figure: Figure, path: Path) -> Path:
     Raises:
         CheckpointError: the disk does not take it.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # others may draw the same
-        try:
-            with os.fdopen(handle, "wb") as file:
-                figure.savefig(file, format="png", dpi=DOTS_PER_INCH)
-            os.chmod(beside, 0o644)
-            os.replace(beside, path)
-        except BaseException:
-            Path(beside).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path} ({error.strerror or error}): choose another folder") from error
+    from nnheads.storage import replacing_file  # torch
+
+    with replacing_file(path) as made:
+        figure.savefig(made, format="png", dpi=DOTS_PER_INCH)
     return path

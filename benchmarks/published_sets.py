@@ -113,8 +113,11 @@ def _download(facts: DatasetFacts, wanted: str, progress: Progress | None) -> Pa
         temporary = tempfile.mkdtemp(dir=cache_root() / "data", prefix=".partial-")
         with contextlib.redirect_stdout(io.StringIO()):  # torchvision prints its tries
             getattr(datasets, facts.title)(temporary, download=True)
-        with contextlib.suppress(FileExistsError):  # another run has just put it there
+        try:
             os.replace(Path(temporary) / facts.layout, target)
+        except OSError:
+            if not target.is_dir():  # else another run has just put it there
+                raise
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(

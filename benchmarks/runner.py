@@ -109,7 +109,7 @@ def run(
     matrix, train_seconds, eval_seconds = state.matrix, state.train_seconds, state.eval_seconds
     counts = [len(stream.test_indices(e)) for e in range(len(stream))]
     log = RunLog(Path(tensorboard), tasks=config.scenario == "task") if tensorboard is not None and main else None
-    if log is not None:  # what an interrupted run had learned may be in a log elsewhere
+    if log is not None and not log.begun:  # what an interrupted run had learned is in a log elsewhere
         for e in range(len(matrix)):
             log.experience(matrix, counts, e, {})
     for e in range(len(matrix), len(stream)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,7 +37,7 @@ def load_svhn(data_dir: str | Path | None, cache: Path, *, train: bool) -> Image
         images = torch.from_numpy(content["X"]).permute(3, 2, 0, 1).contiguous()
         labels = torch.from_numpy(content["y"]).flatten().long() % 10  # the files write 10 for the digit 0
         return ImageSet(images, labels, class_names=tuple("0123456789"))
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, MatReadError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, MatReadError, zlib.error) as error:
         raise DataError(f"{path} is damaged or no file of SVHN ({error}): fetch it again") from error
 
 

@@ -26,12 +26,16 @@ class RunLog:
     Args:
         folder: of the log, made where it is missing.
         tasks: whether experiences are tasks of their own (scenario ``task``), which is in Avalanche's names.
+
+    Attributes:
+        begun: whether the folder held a log already, which this one goes on.
     """
 
     def __init__(self, folder: Path, *, tasks: bool) -> None:
         check_tensorboard()
         from avalanche.logging import TensorboardLogger
 
+        self.begun = any(folder.glob("events.out.tfevents.*"))
         self._logger: Any = TensorboardLogger(folder)
         self._tasks = tasks
 

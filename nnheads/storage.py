@@ -111,17 +111,37 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a text file beside the path and moves it there when it is complete."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Gives a file to write to, which takes the place of ``path`` once the block ends without an error.
+
+    What takes long may be inside the block: a path that cannot be written to is refused at its beginning.
+
+    Raises:
+        CheckpointError: the path is a folder, or the disk does not take the file. What was there is intact then.
+    """
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp lets only its owner in
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        if path.is_dir():
+            raise CheckpointError(f"cannot write {path}, which is a folder: name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        made = Path(name)
+        try:
+            yield made
+            made.chmod(0o644)  # mkstemp lets only its owner in
+            os.replace(made, path)
+        except BaseException:
+            made.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path} ({error.strerror or error}): choose another folder") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file as a whole, see `replacing_file`."""
+    with replacing_file(path) as made:
+        write_text(made, text)
 
 
 def cache_root() -> Path:

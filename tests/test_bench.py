@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -95,6 +96,18 @@ def test_learning_a_stream_is_timed_beside_avalanche_and_a_plain_loop(tmp_path: 
     assert max(counts.values()) <= 1.05 * min(counts.values())  # ratios are of equal work
     judged = [row["case"] for row in ratios if "met" in row]
     assert judged == ["over Avalanche's Replay", "over a plain loop", "strategy impostor over Avalanche's Replay"]
+
+
+def test_what_cannot_be_measured_is_said_before_it_takes_long(tmp_path: Path) -> None:
+    file = tmp_path / "embeddings"
+    save_file({"maps": torch.zeros(10, 16, 64, dtype=torch.float16), "queries": torch.zeros(10, 64)}, file)
+    for arguments, reason in (
+        (["million", "--quick", "--embeddings", str(file)], r"20,000 views are needed and 360 can be made"),
+        (["startup", "--only", "import"], "startup is measured as a whole"),
+        (["embeddings", "--embeddings", str(tmp_path)], "is a folder: name a file"),
+    ):
+        done = CliRunner().invoke(app, ["bench", *arguments])
+        assert re.search(reason, str(done.exception)), (arguments, done.exception)
 
 
 def test_approximate_search_is_judged_by_what_keeps_the_class(tmp_path: Path) -> None:

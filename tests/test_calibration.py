@@ -304,6 +304,8 @@ def test_comparisons_have_calibrated_errors_and_auroc(tmp_path: Path, digits: Im
     assert set(results["auroc_by_score"]) == {"max_probability", "cosine", "distance", "density"}
     with pytest.raises(ConfigError, match="was made with ood"):
         compare(CompareConfig(heads=("dense", "knn"), epochs=2, device="cpu"), tmp_path / "out", resume=True)
-    for ood, words in (("digit", "did you mean 'digits'"), ("digits", "is what the heads are trained on")):
+    for ood, words in (("digit", "did you mean 'digits'"), ("digits", "holds what the heads are trained on")):
         with pytest.raises(ConfigError, match=words):
             CompareConfig(ood=ood).check()
+    with pytest.raises(ConfigError, match="holds what the heads are trained on"):
+        CompareConfig(dataset="cifar110", ood="cifar100").check()

@@ -55,7 +55,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
             "test_counts": [10, 30],
             "gradient_samples": 100,
             "memory_bytes": 800,
-            "train_seconds": 3.0 * slow,
+            "train_seconds": 3.0 * slow + (config.memory == 60),
             "eval_seconds": 1.0 * slow,
         }
 
@@ -209,12 +209,12 @@ def test_mistakes_are_told_before_anything_is_made(comparison: StreamComparison,
 
 def test_what_only_some_know_is_for_those() -> None:
     base = replace(BASE, ema=0.9, strategy_options={"n_a": 1})
-    comparison = replace(plan("replay", "impostor", "naive"), base=base)
+    comparison = replace(plan("replay", "impostor", "slda"), base=base)
     comparison.check()
-    replay, impostor, naive = (comparison.config(variant, 50, 0) for variant in comparison.variants)
+    replay, impostor, slda = (comparison.config(variant, 50, 0) for variant in comparison.variants)
     assert (replay.ema, dict(replay.strategy_options)) == (0.9, {})
     assert (impostor.ema, dict(impostor.strategy_options)) == (0.9, {"n_a": 1})
-    assert (naive.ema, dict(naive.strategy_options)) == (None, {})
+    assert (slda.ema, dict(slda.strategy_options)) == (None, {})
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------
@@ -341,6 +341,11 @@ def test_means_spreads_and_ratios_by_hand(asked: list[RunConfig], tmp_path: Path
     assert row["time_ratio"] == rows["naive", None]["time_ratio"] == {"mean": 0.5, "spread": 0.0}
     # after the second experience 10 test images are at 0.5 and 30 at the accuracy
     assert row["curve"]["mean"] == pytest.approx([1.0, (10 * 0.5 + 30 * 1.9 / 3) / 40])
+    own = compare_streams(plan("avalanche-replay", "replay+memory=60", memory=(50, 60), seeds=(0,)), tmp_path / "own")
+    by_name = {(row["name"], row["memory"]): row for row in own["rows"]}
+    seconds = by_name["avalanche-replay", 60]["seconds"]["mean"]  # and not those with a memory of 50
+    ratio = by_name["replay+memory=60", None]["seconds"]["mean"] / seconds
+    assert by_name["replay+memory=60", None]["time_ratio"]["mean"] == pytest.approx(ratio)
     alone = summarize_streams(plan("naive", seeds=(0,)), stream_cells(plan("naive", seeds=(0,)), tmp_path))
     assert alone["rows"][0]["accuracy"]["spread"] is None
     assert alone["reference"] == "naive"

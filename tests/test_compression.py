@@ -13,6 +13,7 @@ import nnheads
 import nnheads.benchmarks.datasets
 from nnheads.benchmarks import compression, opq_training
 from nnheads.benchmarks.compression import Way, fewer_centers, measure
+from nnheads.errors import ConfigError
 from nnheads.heads import MemoryHead
 from nnheads.heads.compressed import compressed_head
 
@@ -48,11 +49,11 @@ def test_fewer_centers() -> None:
     head, _, _ = trained()
     assert len(fewer_centers(head, 300).memory) == 300
     assert len(head.memory) == 1000
-    with pytest.raises(nnheads.errors.ConfigError, match="1 to 1000"):
+    with pytest.raises(ConfigError, match="1 to 1000"):
         fewer_centers(head, 1001)
 
 
-def test_the_commands_on_a_saved_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_on_a_saved_model(tmp_path: Path) -> None:
     data = nnheads.benchmarks.datasets.load_dataset("digits")
     model = nnheads.attach_head(nnheads.build_backbone("convnet", 10, in_channels=1), "impostor")
     nnheads.fit(model, data.train, epochs=0, progress=False)
@@ -63,9 +64,12 @@ def test_the_commands_on_a_saved_model(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(found["rows"]) == len(compression.WAYS)
     assert found["papers_size"]["codes_bytes"] == 5994 * 16 <= 96_000
     assert found["papers_size"]["saved_bytes"] <= 700_000
-    with pytest.raises(SystemExit):
+    assert isinstance(model.head, MemoryHead)
+    nnheads.save(nnheads.attach_head(model, compressed_head(model.head, 8)), tmp_path / "coded")
+    with pytest.raises(ConfigError, match="compressed already"):
+        compression.main([str(tmp_path / "coded"), "--dataset", "digits"])
+    with pytest.raises(ConfigError, match="does not hold 2,000 raw centers"):
         opq_training.main([str(tmp_path / "model")])
-    assert "does not hold 2,000 raw centers" in capsys.readouterr().err
 
 
 def test_recall_of_rotations() -> None:

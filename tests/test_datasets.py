@@ -192,6 +192,16 @@ class TestDecodedCache:
         (folder / "a" / "001.png").rename(folder / "a" / "009.png")
         assert from_folder(folder).images[:5, 1, 0, 0].tolist() == [0, 2, 3, 4, 1]
 
+    def test_files_that_change_places_are_read_again(self, tmp_path: Path) -> None:
+        folder = make_folder(tmp_path / "own", ["a", "b"])
+        Image.new("RGB", (8, 8), (200, 0, 0)).save(folder / "b" / "000.png")
+        os.utime(folder / "b" / "000.png", (1e9, 1e9))
+        assert from_folder(folder).images[0, 0, 0, 0] == 0
+        (folder / "a" / "000.png").rename(tmp_path / "aside")
+        (folder / "b" / "000.png").rename(folder / "a" / "000.png")  # a label is put right: older than the newest file
+        (tmp_path / "aside").rename(folder / "b" / "000.png")
+        assert from_folder(folder).images[0, 0, 0, 0] == 200
+
     def test_a_damaged_cache_is_replaced(self, tmp_path: Path, own_cache: Path) -> None:
         folder = make_folder(tmp_path / "own", ["a", "b"])
         first = from_folder(folder)
@@ -329,6 +339,16 @@ class TestDownload:
         assert steps == [("downloading MNIST", 0, 0)]
         assert sorted(file.name for file in (own_cache / "data").iterdir()) == ["MNIST"]
         assert capsys.readouterr().out == ""
+
+    def test_at_the_same_time_as_another_run(self, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+        def fetch(root: str, download: bool) -> None:
+            images, labels = np.zeros((10, 28, 28), np.uint8), np.arange(10, dtype=np.uint8)
+            for folder in (Path(root), own_cache / "data"):  # the other is there first
+                for start in ("train", "t10k"):
+                    write_idx(folder / "MNIST" / "raw", start, images, labels)
+
+        monkeypatch.setattr(torchvision.datasets, "MNIST", fetch)
+        assert len(load_dataset("mnist").train) == 10
 
 
 @pytest.mark.skipif(REAL is None, reason="NNHEADS_DATA is not set to a folder with cifar10/ and MNIST/")

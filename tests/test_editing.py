@@ -309,6 +309,8 @@ def test_add_predict_and_forget_on_a_checkpoint(
 
 
 def test_what_forgetting_costs() -> None:
+    with pytest.raises(ConfigError, match="no memory to forget from"):
+        measure(["dense"], centers=100, width=8, dropped=1, rounds=1, device="cpu")
     found = measure(centers=20_000, width=64, dropped=400, rounds=3, device="cpu")
     assert set(found["heads"]) == set(MEMORY_HEADS)
     for name, times in found["heads"].items():

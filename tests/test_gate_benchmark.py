@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nnheads.benchmarks import gate, gate_attacks, gate_unexpected
-from nnheads.benchmarks.datasets import load_dataset
+from nnheads.benchmarks.datasets import in_form, load_dataset
 from nnheads.data import ImageSet
 from nnheads.errors import ConfigError, DataError
 from nnheads.io import load
@@ -57,12 +57,15 @@ def test_a_saved_pair_is_measured_again_without_training(folder: Path, tmp_path:
     first, again = (json.loads((each / "gate.json").read_text(encoding="utf-8")) for each in (folder, tmp_path))
     assert again["accuracy"] == first["accuracy"]
     assert again["gate_seconds"] is None
+    assert [first[name] for name in ("backbone", "epochs", "gate_epochs", "seed")] == ["convnet", 6, 2, 0]
+    assert [again[name] for name in ("backbone", "epochs", "gate_epochs", "seed")] == [None] * 4  # of what is trained
 
 
 def test_other_data_are_compared_and_the_own_data_set_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test = load_dataset("digits").test
     inverted = replace(test, images=255 - test.images)
-    found = {"cifar100": inverted, "cifar10": test}
+    # in colour, as the real one is, and larger
+    found = {"cifar100": replace(inverted, images=in_form(inverted.images, (9, 9), 3)), "cifar10": test}
 
     def load_images(name: str, data_dir: Path, *, train: bool) -> ImageSet:
         if name not in found:

@@ -233,6 +233,23 @@ def test_tensorboard_has_the_accuracies_after_each_experience(tmp_path: Path, st
     assert log.Scalars("Memory/exemplars")[-1].value == found["exemplars"]
 
 
+@pytest.mark.usefixtures("short")
+def test_a_run_that_goes_on_has_one_log(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what.startswith("experience 3"):
+            raise KeyboardInterrupt
+
+    where = {"checkpoint": tmp_path / "checkpoint", "tensorboard": tmp_path / "log"}
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(QUICK, epochs=1), progress=interrupt, **where)
+    run(replace(QUICK, epochs=1), resume=True, **where)
+    log = EventAccumulator(str(tmp_path / "log"))
+    log.Reload()
+    assert [e.step for e in log.Scalars("Top1_Acc_Stream/eval_phase/test_stream/Task000")] == [1, 2, 3]
+
+
 def test_tensorboard_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 

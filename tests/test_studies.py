@@ -290,6 +290,9 @@ def test_images_of_a_cell() -> None:
     assert few.train.ids.tolist() == list(range(50))
     assert len(few.test) == 20
     assert images(per_class=7).train.labels.bincount().tolist() == [7] * 10
+    assert images(per_class=144).train.labels.bincount().tolist() == [
+        min(144, n) for n in images().train.labels.bincount()
+    ]
     two = images(classes=[3, 8])
     assert set(two.train.labels.tolist()) == {0, 1}
     assert two.train.class_names == ("3", "8")
@@ -480,6 +483,11 @@ def test_svhn_is_read_as_its_authors_offer_it(tmp_path: Path) -> None:
     assert data.train.labels.tolist() == [0, 1, 2, 0]
     assert torch.equal(data.train.images[2], pixels[..., 2].permute(2, 0, 1))
     (tmp_path / "test_32x32.mat").write_bytes(b"no matrix")
+    with pytest.raises(DataError, match="fetch it again"):
+        load_dataset("svhn", tmp_path)
+    savemat(tmp_path / "test_32x32.mat", {"X": pixels.numpy(), "y": torch.ones(4, 1).numpy()}, do_compression=True)
+    whole = (tmp_path / "test_32x32.mat").read_bytes()
+    (tmp_path / "test_32x32.mat").write_bytes(whole[:3000] + bytes(50) + whole[3050:])
     with pytest.raises(DataError, match="fetch it again"):
         load_dataset("svhn", tmp_path)
     with pytest.raises(DataError, match=r"put train_32x32\.mat and test_32x32\.mat into"):

@@ -21,6 +21,7 @@ from nnheads.data import get_augmentation
 from nnheads.devices import autocast_for, resolve_device
 from nnheads.errors import CheckpointError, ConfigError
 from nnheads.headed import HeadedModel
+from nnheads.storage import replacing_file
 from nnheads.training import embed, fit
 
 VIEW_WIDTH = 64
@@ -41,7 +42,17 @@ def make_embeddings(
         width: of the ResNet-9.
         epochs: of its training.
         share: of the images, for a rehearsal.
+
+    Raises:
+        CheckpointError: the file cannot be written; before anything is trained where that is known.
     """
+    with replacing_file(path) as made:
+        tensors, facts = _made(data_dir, width, epochs, share)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, made, metadata=facts)
+    return path
+
+
+def _made(data_dir: Path | None, width: int, epochs: int, share: float) -> tuple[dict[str, Tensor], dict[str, str]]:
     data = load_dataset("cifar100", data_dir)
     train, test = data.train, data.test
     other = load_dataset("cifar10", data_dir).train
@@ -69,11 +80,10 @@ def make_embeddings(
         "maps": maps,
         "queries": (z_test - z.mean(0)) @ axes,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    accuracy = float((model.head(z_test).argmax(1) == test_labels).float().mean())
+    answers = model.head(z_test.to(model.device)).argmax(1).cpu()
+    accuracy = float((answers == test_labels).float().mean())
     facts = {"backbone": f"resnet9, width {width}, {epochs} epochs of CIFAR-100", "accuracy": f"{accuracy:.4f}"}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=facts)
-    return path
+    return tensors, facts
 
 
 def read_embeddings(path: Path | None, *names: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -135,8 +135,18 @@ def own_clock(device: torch.device | None = None) -> Clock:
     return time.process_time if alone else time.perf_counter
 
 
-def document(name: str, bar: str, rows: list[Row], settings: Settings, *, wall: bool = False) -> dict[str, Any]:
-    """A measurement as JSON: rows, how they were made, and on what. ``wall``: by wall time, not `own_clock`."""
+def document(
+    name: str, bar: str, rows: list[Row], settings: Settings, *, wall: bool = False, gpu: bool = False
+) -> dict[str, Any]:
+    """A measurement as JSON: rows, how they were made, and on what.
+
+    Args:
+        name, bar: of the measurement.
+        rows: what was found.
+        settings: how.
+        wall: whether by wall time, not `own_clock`.
+        gpu: whether on a GPU where there is one.
+    """
     judged = [row["met"] for row in rows if "met" in row]
     return {
         "benchmark": name,
@@ -147,7 +157,7 @@ def document(name: str, bar: str, rows: list[Row], settings: Settings, *, wall: 
         "quick": settings.quick,
         "threads": torch.get_num_threads(),
         "clock": "processor time" if not wall and own_clock() is time.process_time else "wall",
-        "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "device": device_name(resolve_device() if gpu else torch.device("cpu")),
         "processor": _processor(),
         "versions": {**versions(), **peer_versions()},
     }

@@ -19,6 +19,7 @@ from torch import Tensor
 from nnheads.benchmarks.speed.approximate import recall
 from nnheads.benchmarks.speed.embeddings import VIEW_WIDTH, read_embeddings, views
 from nnheads.benchmarks.speed.harness import OURS, Report, Row, Settings, in_turn, resident_bytes
+from nnheads.errors import ConfigError, NNHeadsError
 from nnheads.index import build_index
 from nnheads.large import LargeIndex
 
@@ -53,6 +54,11 @@ def _measure(size: int, queries: Tensor, settings: Settings, report: Report) -> 
         keys = torch.from_file(str(file), shared=True, size=size * VIEW_WIDTH, dtype=torch.float16).view(size, -1)
         per_map = len(views(maps[:1]))
         used = order[: -(-size // per_map)]
+        if len(maps) * per_map < size:
+            raise ConfigError(
+                f"{size:,} views are needed and {len(maps) * per_map:,} can be made of {settings.embeddings}: make it "
+                "with nnheads bench embeddings, without --quick"
+            )
 
         def chunks() -> Iterator[Tensor]:
             at = 0
@@ -85,7 +91,7 @@ def _measure(size: int, queries: Tensor, settings: Settings, report: Report) -> 
             if best is not None and best[1] * 2 < visits:
                 break
         if best is None:
-            raise RuntimeError(f"recall {_TARGET} was not reached")
+            raise NNHeadsError(f"recall {_TARGET} was not reached among {row['case']}: there is nothing to compare")
         _, visits, candidates, reached, search = best
         row |= in_turn({OURS: search}, settings.rounds, clock=time.perf_counter).row(row["case"])
         row |= {"recall@10": reached, "visits": visits, "candidates": candidates, "peak_bytes": resident_bytes()[1]}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, final
 
-from nnheads.errors import unknown_name
+from nnheads.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from nnheads.benchmarks.speed.harness import Report, Settings
@@ -23,6 +23,8 @@ class Bench:
         title: what is compared with what.
         bar: what it is to show.
         wall: whether it is wall time always, of what is no work of one thread alone.
+        gpu: whether it runs on a GPU where there is one.
+        whole: whether it has no cases that could be measured alone.
     """
 
     name: str
@@ -30,6 +32,8 @@ class Bench:
     title: str
     bar: str
     wall: bool = False
+    gpu: bool = False
+    whole: bool = False
 
 
 BENCHES: dict[str, Bench] = {
@@ -58,6 +62,7 @@ BENCHES: dict[str, Bench] = {
             "embedding_pass",
             "nnheads.embed over CIFAR-10 images beside the bare network on batches that were prepared before",
             "bound by the backbone alone: a ratio of at most 1.05",
+            gpu=True,
         ),
         Bench(
             "updates",
@@ -72,6 +77,7 @@ BENCHES: dict[str, Bench] = {
             "10 million 64-d centers at 16 bytes, beside 100,000; needs --embeddings",
             "within 8 GB; query time at most 10 x at equal recall@10 of at least 0.7",
             wall=True,
+            whole=True,
         ),
         Bench(
             "nca",
@@ -84,6 +90,8 @@ BENCHES: dict[str, Bench] = {
             "stream",
             "learning split-cifar10 beside Avalanche's Replay, its iCaRL and a plain PyTorch loop, for equal samples",
             "0.65 of Avalanche's Replay, 1.1 of a plain loop; strategy impostor: 1.0 of Avalanche's Replay",
+            gpu=True,
+            whole=True,
         ),
         Bench(
             "startup",
@@ -91,6 +99,7 @@ BENCHES: dict[str, Bench] = {
             "import nnheads, nnheads --help",
             "below 0.2 s and 0.5 s",
             wall=True,
+            whole=True,
         ),
     )
 }
@@ -111,11 +120,16 @@ def measure(name: str, settings: Settings, report: Report) -> dict[str, Any]:
         settings: see there.
         report: gets a line for each case when it is done.
 
+    Raises:
+        ConfigError: some cases are asked for of what has none.
+
     Returns:
         What goes to JSON, see `nnheads.benchmarks.speed.harness.document`.
     """
     from nnheads.benchmarks.speed.harness import document
 
     bench = find_bench(name)
+    if settings.only and bench.whole:
+        raise ConfigError(f"--only: {name} is measured as a whole, leave it out")
     found = import_module(f"nnheads.benchmarks.speed.{bench.module}").rows(settings, report)
-    return document(bench.name, bench.bar, found, settings, wall=bench.wall)
+    return document(bench.name, bench.bar, found, settings, wall=bench.wall, gpu=bench.gpu)

@@ -109,7 +109,10 @@ def _only(part: ImageSet, classes: tuple[int, ...]) -> ImageSet:
 
 
 def _balanced(part: ImageSet, count: int, seed: int, *, exact: bool = True) -> ImageSet:
-    """So many images, as many of each class as of another where there are enough."""
+    """So many images, as many of each class as of another where there are enough.
+
+    Where a class has not enough, others make up for it if it is to be ``exact``; else there are fewer images.
+    """
     if count > len(part) and exact:
         raise DataError(f"{count} images wanted of {len(part)}: ask for fewer")
     generator = torch.Generator().manual_seed(seed)
@@ -119,7 +122,7 @@ def _balanced(part: ImageSet, count: int, seed: int, *, exact: bool = True) -> I
     for label in labels.unique().tolist():
         own = labels == label
         rank[own] = torch.arange(int(own.sum()))
-    chosen = order[rank.argsort(stable=True)[:count]]
+    chosen = order[rank.argsort(stable=True)[:count]] if exact else order[rank < count // part.num_classes]
     return part.subset(chosen.sort().values)
 
 

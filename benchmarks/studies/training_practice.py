@@ -187,14 +187,14 @@ def _transfer(job: Job) -> Outcome:
             module.backbone.eval()  # frozen norms keep the statistics they belong to
         return module.loss(x, y)
 
-    done = _fitted(job, second, target, recipe, loss)
+    seconds = _fitted(job, second, target, recipe, loss).seconds
     if how == "head first":
         frozen = False
         for parameter in target.backbone.parameters():
             parameter.requires_grad_(True)
-        done = _fitted(job, second, target, replace(recipe, lr=recipe.lr / 10), loss)
+        seconds += _fitted(job, second, target, replace(recipe, lr=recipe.lr / 10), loss).seconds
     found = evaluate(target, second.test, device=job.device)
-    return Outcome({"test": found.accuracy, "log_loss": found.log_loss, "train_seconds": done.seconds})
+    return Outcome({"test": found.accuracy, "log_loss": found.log_loss, "train_seconds": seconds})
 
 
 def _classes(data: ImageData, labels: range) -> ImageData:
