@@ -203,8 +203,8 @@ def build_backbone(name: str, num_classes: int = 10, in_channels: int = 3, **opt
             ``timm:NAME``.
         num_classes: outputs of the classifier.
         in_channels: channels of the images; torchvision's networks take 3.
-        **options: for ``slim_resnet18`` and ``resnet18_cifar`` ``nf`` (20 and 64), for ``convnet`` ``width``
-            (32), for the others whatever ``torchvision.models.get_model`` or ``timm.create_model`` takes.
+        **options: for ``slim_resnet18`` and ``resnet18_cifar`` ``nf`` (20 and 64), for ``resnet9`` and ``convnet``
+            ``width`` (32), for the others whatever ``torchvision.models.get_model`` or ``timm.create_model`` takes.
 
     Raises:
         UnknownNameError: no network has that name.

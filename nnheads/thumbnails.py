@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nnheads.data import ImageSet
-from nnheads.errors import CheckpointError, ShapeError
+from nnheads.errors import CheckpointError, DataError, ShapeError
 
 _LARGEST = 96
 """Pixels of a thumbnail's longer side, at most."""
@@ -63,7 +63,11 @@ class Thumbnails:
 
     @classmethod
     def of_images(cls, images: ImageSet, ids: Tensor) -> Self:
-        """Pictures of those images of a set that have these ids (n,)."""
+        """Pictures of those images of a set that have these ids (n,); DataError where it is no `ImageSet`."""
+        if not isinstance(images, ImageSet):
+            raise DataError(
+                f"thumbnails are made of an ImageSet, as load_dataset(...).train is, not of {type(images).__name__}"
+            )
         part = images.subset(torch.isin(images.ids, ids.cpu().long()))
         return cls().add(part.images, part.ids)
 

@@ -170,6 +170,8 @@ def test_samples_are_forgotten_by_the_ids_that_adding_them_gave(
 ) -> None:
     path = nnheads.save(eights, tmp_path / "model", thumbnails=digits.train)
     before = len(nnheads.load(path).thumbnails)
+    with pytest.raises(DataError, match="made of an ImageSet"):
+        nnheads.save(eights, tmp_path / "other", thumbnails=digits.train.images)
     new = editing.add(path, digits.train.images[:3], digits.train.labels[:3])
     assert len(nnheads.load(path).thumbnails) == before + 3
     editing.forget(path, new)

@@ -1,4 +1,7 @@
-"""The heads, by name: `build_head`, `list_heads`, `register_head`; one file a head."""
+"""The heads, by name: `build_head`, `list_heads`, `register_head`; one file a head.
+
+"Review" in their docstrings is Chervontsev's review of nearest-neighbour Gaussian kernels and impostor networks.
+"""
 
 from .base import Head, sample_ids
 from .biased import BiasedHead, Gated
