@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,19 @@ def test_a_rate_is_the_best_of_its_row_on_held_out_images(heading: str, folder: 
         passed = sorted({run["gradient_samples"] for run in runs.values() if run is not None})
         assert samples == " to ".join(f"{n:,}" for n in dict.fromkeys([passed[0], passed[-1]])), name
         assert chosen[name] == max((rate for rate in row if row[rate]), key=lambda rate: float(row[rate])), name
+
+
+@pytest.mark.parametrize("first", ["| Split CIFAR-10,", "| Split CIFAR-100,"])
+def test_the_readme_has_these_figures_too(first: str) -> None:
+    def rounded(row: dict[str, str]) -> list[str]:
+        seeds = [row[f"seed {seed}"] for seed in SEEDS]
+        return [
+            *("-" if cell == "-" else str(Decimal(cell).quantize(Decimal("0.1"), ROUND_HALF_UP)) for cell in seeds),
+            row["mean"],
+        ]
+
+    document = ROOT / "benchmarks" / "README.md"
+    measured = [_table(document, heading, "| strategy | rate | seed 0 |") for heading, _, _ in CONTESTS]
+    known = [rounded(row) for rows in measured for row in rows]
+    for row in _table(ROOT / "README.md", "## How it compares", first):
+        assert rounded(row) in known, row
