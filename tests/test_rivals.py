@@ -117,7 +117,7 @@ def test_a_memory_smaller_than_a_batch_of_it_is_replayed(name: str) -> None:
 def test_averaged_weights_take_the_place_of_the_trained_ones(name: str) -> None:
     from avalanche.core import SupervisedPlugin
 
-    made = learner(name, ema=0.9, epochs=2)
+    made = learner(name, ema=0.9, epochs=2, share=0.1)
     strategy = strategy_of(made)
     average, steps = torch.zeros(0), 0
 
