@@ -101,7 +101,7 @@ def test_a_saved_model_embeds_the_images_of_its_data_set(tmp_path: Path) -> None
     assert result["settings"]["held_out"] == 20
     assert "influence" in done.stdout
     nothing = subprocess.run(command[:4], capture_output=True, text=True, check=False)
-    assert nothing.returncode == 1
+    assert nothing.returncode == 2
     assert nothing.stderr.startswith("error: drift: --dataset NAME")
 
 

@@ -44,7 +44,9 @@ def test_it_measures_what_skips_what_it_costs_and_what_it_saves(folder: Path) ->
     assert found["sweep"]["network_accuracy"] == pytest.approx(found["dense_accuracy"], abs=0.01)
     assert all(row["ratio"] > 0 for row in found["time"])
     names = [row["data"] for row in found["unexpected"]]
-    assert names == ["own test images", "uniform noise", "Gaussian noise, the images' mean and deviation"]
+    assert names[0] == "own test images"
+    assert names[-2:] == ["uniform noise", "Gaussian noise, the images' mean and deviation"]
+    assert set(names[1:-2]) <= {"cifar100", "cifar10", "mnist"}  # where NNHEADS_DATA has them
     assert all(0 <= row["auroc_gate"] <= 1 for row in found["unexpected"][1:])
     assert (folder / "gate.png").stat().st_size > 1000
     assert str(folder) not in json.dumps(found)
