@@ -67,10 +67,7 @@ def explain(
             from nnheads.page import render_page
             from nnheads.storage import replace_text
 
-            try:
-                replace_text(out, render_page(model, found, left_out=gone))
-            except OSError as error:
-                raise ConfigError(f"cannot write {out} ({error.strerror or error}): give another --out") from error
+            replace_text(out, render_page(model, found, left_out=gone))
     if as_json:
         screen.print_json([image.to_dict() for image in found])
         return

@@ -25,6 +25,7 @@ from torch import Tensor
 from nnheads._exact import HalfKeys, SingleKeys, products_nearest
 from nnheads._faiss import SinglePairs, faiss_available, faiss_gpu_available, faiss_nearest, load_faiss
 from nnheads.devices import cpu_bfloat16, multiplies_bfloat16
+from nnheads.errors import CheckpointError
 from nnheads.storage import cache_root, replace_text
 
 FAISS_PRODUCTS: Final = 128_000  # numbers in a batch from which FAISS 1.15 multiplies matrices
@@ -146,10 +147,9 @@ def fit_costs(device: torch.device) -> CostModel:
     file = _file()
     if file is not None:
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             replace_text(file, json.dumps({**_read(), key: model.weights}, indent=1))
-        except OSError as error:
-            _log.warning("search costs are measured but not kept: %s", error.strerror)
+        except CheckpointError as error:
+            _log.warning("search costs are measured but not kept: %s", error)
     _log.info("search costs of %s measured in %.1f s", device, time.perf_counter() - started)
     return model
 

@@ -147,6 +147,17 @@ def test_costs_are_measured_once_kept_and_read(monkeypatch: pytest.MonkeyPatch, 
     assert json.loads(json.dumps(fits)) == ["cpu"]
 
 
+def test_costs_that_cannot_be_kept_stop_no_search(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("NNHEADS_SEARCH_COSTS", str(tmp_path / "file" / "search.json"))
+    monkeypatch.setattr(search_costs, "_models", {})
+    monkeypatch.setattr(search_costs, "_fit", lambda device: {"torch": [1.0] * 7})
+    assert search_costs.fit_costs(CPU).source == "measured"
+    assert "measured but not kept" in caplog.text
+
+
 def test_a_fit_recovers_what_probes_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     truth = [1e-5, 1e-6, 1e-10, 2e-11, 1e-9, 1e-8, 3e-11]
     sizes = [(n, d, b, k) for n in (1000, 50_000) for d in (32, 512) for b in (1, 128) for k in (1, 32)]
