@@ -8,6 +8,12 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test and its fixtures draw is the same in each run: torch seeds itself anew in each process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def default_search_costs() -> Iterator[None]:
     """Tests choose the same engines on every machine, and leave the user's cache alone."""
