@@ -179,7 +179,7 @@ class CompareConfig:
             ConfigError: a name that is not known (`UnknownNameError`), or an option out of its range.
         """
         from nnheads.backbones import build_backbone
-        from nnheads.benchmarks.datasets import list_datasets
+        from nnheads.benchmarks.datasets import JOINED, list_datasets
         from nnheads.training import resolve_device
 
         if not self.heads or not self.seeds:
@@ -197,7 +197,8 @@ class CompareConfig:
             raise unknown_name("data set", self.dataset, [*list_datasets(), "images:DIR"])
         if self.ood is not None and self.ood not in list_datasets() and not self.ood.startswith("images:"):
             raise unknown_name("data set", self.ood, [*list_datasets(), "images:DIR"])
-        if self.ood is not None and _sets(self.ood) & _sets(self.dataset):
+        own = {self.dataset, *JOINED.get(self.dataset, ())}
+        if self.ood is not None and own & {self.ood, *JOINED.get(self.ood, ())}:
             raise ConfigError(f"--ood {self.ood} holds what the heads are trained on: give another data set")
         if self.backbone is not None:
             build_backbone(self.backbone)
@@ -281,8 +282,3 @@ def _named_file(path: Path) -> str:
         return path.name
     with file.open("rb") as opened:
         return f"{path.name} {hashlib.file_digest(opened, 'sha256').hexdigest()[:16]}"
-
-
-def _sets(name: str) -> set[str]:
-    """The data sets that one is made of."""
-    return {"cifar10", "cifar100"} if name == "cifar110" else {name}

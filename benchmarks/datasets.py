@@ -66,11 +66,13 @@ DATASETS: dict[str, DatasetFacts] = {
         _facts("svhn", "SVHN", "", 10, 32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
         _facts("cifar10", "CIFAR10", "cifar-10-batches-py", 10, 32, *_CIFAR10),
         _facts("cifar100", "CIFAR100", "cifar-100-python", 100, 32, *_CIFAR100),
-        # CIFAR-10's classes are 0..9, CIFAR-100's 10..109
         _facts("core50", "CORe50", "", 50, 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         _facts("cifar110", "CIFAR10 and CIFAR100", "", 110, 32, *_CIFAR10),
     )
 }
+
+JOINED: dict[str, tuple[str, str]] = {"cifar110": ("cifar10", "cifar100")}
+"""Data sets that are two others: the classes of the first, then those of the second."""
 
 
 @final
@@ -146,10 +148,8 @@ def load_images(
     elif name == "core50":
         root = find_core50(data_dir, cache_root())
         images = load_core50(root, facts.preprocessing, train=train, progress=progress)
-    elif name == "cifar110":
-        first, second = (
-            load_images(part, data_dir, train=train, progress=progress) for part in ("cifar10", "cifar100")
-        )
+    elif name in JOINED:
+        first, second = (load_images(part, data_dir, train=train, progress=progress) for part in JOINED[name])
         images = _join(first, second)
     else:
         layout, root = find(facts, data_dir, progress)

@@ -52,7 +52,7 @@ def measure(
         dropped anything.
     """
     where = resolve_device(device)
-    chosen = heads or [name for name in list_heads() if head_class(name).uses_memory]
+    chosen = heads or _with_memory()
     return {
         "centers": centers,
         "width": width,
@@ -66,6 +66,10 @@ def measure(
     }
 
 
+def _with_memory() -> list[str]:
+    return [name for name in list_heads() if head_class(name).uses_memory]
+
+
 @torch.no_grad()
 def _times(
     text: str, centers: int, width: int, dropped: int, queries: int, rounds: int, device: torch.device
@@ -74,7 +78,7 @@ def _times(
     name, options = head_variant(text)
     head = build_head(name, width, CLASSES, **options).to(device).eval()
     if not isinstance(head, MemoryHead):
-        raise ConfigError(f"head {name!r} has no memory to forget from: take knn, nca, nngk or impostor")
+        raise ConfigError(f"head {name!r} has no memory to forget from; heads that have: {', '.join(_with_memory())}")
     y = torch.arange(centers, device=device) % CLASSES
     z = torch.randn(centers, width, device=device) + 2 * torch.randn(CLASSES, width, device=device)[y]
     ids = torch.arange(centers, device=device)

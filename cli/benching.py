@@ -24,6 +24,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="JSON file for rows, versions and device.")] = None,
 ) -> None:
     """Measure speed and memory beside the peers (FAISS, torch, scikit-learn, pytorch-metric-learning)."""
+    from nnheads.benchmarks.scripts import check_whole
     from nnheads.benchmarks.speed.registry import BENCHES, find_bench, measure
     from nnheads.errors import ConfigError
 
@@ -34,10 +35,8 @@ def bench(
         return
     if name != "embeddings":
         find_bench(name)
-    if rounds < 1:
-        raise ConfigError(f"--rounds must be 1 or more, got {rounds}")
-    if epochs < 1:
-        raise ConfigError(f"--epochs must be 1 or more, got {epochs}")
+    check_whole("--rounds", rounds)
+    check_whole("--epochs", epochs)
     if threads is not None:
         _pin(threads)
     if name == "embeddings":
@@ -64,10 +63,9 @@ def _pin(threads: int) -> None:
     """The same number of threads for torch, FAISS and whatever asks the environment when it is loaded."""
     import os
 
-    from nnheads.errors import ConfigError
+    from nnheads.benchmarks.scripts import check_whole
 
-    if threads < 1:
-        raise ConfigError(f"--threads must be 1 or more, got {threads}")
+    check_whole("--threads", threads)
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = str(threads)
     import torch

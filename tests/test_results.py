@@ -75,6 +75,28 @@ def test_a_rate_is_the_best_of_its_row_on_held_out_images(heading: str, folder: 
         assert chosen[name] == max((rate for rate in row if row[rate]), key=lambda rate: float(row[rate])), name
 
 
+@pytest.mark.parametrize(
+    ("first", "folders"),
+    [
+        ("| strategy | what it is | seed 0 |", ("contest-split-cifar10/ablation", "contest-split-cifar10")),
+        ("| strategy | what it is | held out |", ("contest-split-cifar10/levers", "contest-split-cifar10/validation")),
+    ],
+)
+def test_what_helped_is_that_of_its_runs(first: str, folders: tuple[str, str]) -> None:
+    rows = _table(ROOT / "benchmarks" / "README.md", "#### What helped and what did not", first)
+    for row in rows:
+        file = row["strategy"].replace(":", "-")
+        for column, seed in (("held out", 0), *((f"seed {seed}", seed) for seed in SEEDS)):
+            if column in row:
+                runs = [_run(folder, f"{file}-m1000-s{seed}") for folder in folders]
+                run = next((run for run in runs if run is not None), None)
+                assert row[column] == _accuracy(run), (file, column)
+                for name, shown in (("exemplars", "exemplars"), ("gradient_samples", "gradient samples")):
+                    assert run is None or shown not in row or row[shown] == f"{run[name]:,}", (file, column)
+    made = {path.name.removesuffix("-m1000-s0.json") for path in (RESULTS / folders[0]).glob("*-m1000-s0.json")}
+    assert made <= {row["strategy"].replace(":", "-") for row in rows}
+
+
 @pytest.mark.parametrize("first", ["| Split CIFAR-10,", "| Split CIFAR-100,"])
 def test_the_readme_has_these_figures_too(first: str) -> None:
     def rounded(row: dict[str, str]) -> list[str]:

@@ -3,8 +3,6 @@ what was not run."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +11,8 @@ from nnheads.benchmarks.measures import mean_and_spread
 from nnheads.benchmarks.studies.figures import draw
 from nnheads.benchmarks.studies.running import read_cells, read_scale
 from nnheads.benchmarks.studies.study import UNITS, Entry, Form, Study, Table
-from nnheads.errors import CheckpointError, ConfigError
+from nnheads.errors import ConfigError
+from nnheads.storage import replace_text
 
 REPORT: Final = "report.md"
 DASH: Final = "-"
@@ -45,7 +44,8 @@ def write_report(study: Study, out: Path, tables: Sequence[str] = ()) -> Path:
         figure = draw(study, table, results, out / f"{_stem(table)}.png")
         parts.append(table_markdown(table, results, figure))
     text = "\n\n".join(parts) + "\n"
-    return _write(out / REPORT, text)
+    replace_text(out / REPORT, text)
+    return out / REPORT
 
 
 def table_markdown(table: Table, results: Sequence[dict[str, Any]], figure: Path | None = None) -> str:
@@ -130,15 +130,3 @@ def _head(study: Study, scale: str, results: Sequence[dict[str, Any]]) -> str:
 
 def _stem(table: Table) -> str:
     return "".join(c if c.isalnum() or c in "-." else "-" for c in table.id)
-
-
-def _write(path: Path, text: str) -> Path:
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path} ({error.strerror or error}): choose another folder") from error
-    return path
