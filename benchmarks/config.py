@@ -44,7 +44,8 @@ class RunConfig:
         precision: see `nnheads.devices.resolve_precision`; for Avalanche's own strategies ``"auto"`` is float32.
         head_options: options of the head. Where strategy ``impostor`` compresses exemplars, ``bytes_per_center`` is 16
             unless given; 0 keeps centers as they are. Where ``memory`` is below 100, the stream's ``whiten`` is left
-            out: so few samples say little of a covariance, and its map would take the place of many.
+            out: so few samples say little of a covariance. So it is where the memory is counted in bytes and the map
+            would take more than a tenth of them, once the data are loaded.
         ema: decay of averaged weights that take the place of the trained ones after each experience. None: what the
             strategy proposes, 0.99 for ``impostor`` and none for others; 0: none.
         exemplar_bytes: bytes an exemplar's image is compressed to, lossy WebP; new images are seen so too.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from math import prod
+from typing import TYPE_CHECKING, Final, cast
 
 from nnheads.benchmarks.config import RunConfig
 from nnheads.errors import ConfigError
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
     from nnheads.benchmarks.streams import Scenario, Stream
     from nnheads.strategies.learner import Learner
+
+WHITENING_SHARE: Final = 0.1
+"""Most that the map of Mahalanobis distances may take of a memory by default: beside that of 512 features the bytes of
+200 images would have room for 44 exemplars in place of 1,127."""
 
 
 def load_stream(
@@ -38,7 +43,7 @@ def load_stream(
     if config.share is not None:
         stream = stream.thinned(config.share, config.seed)
     # what a folder of images needs is known only now
-    resolved = config.resolve(stream.spec, spec)
+    resolved = _within_budget(config, config.resolve(stream.spec, spec), stream)
     if spec.uses_memory and resolved.memory is not None and resolved.memory < stream.num_classes:
         raise ConfigError(
             f"memory of {resolved.memory} exemplars is smaller than the {stream.num_classes} classes of "
@@ -48,6 +53,27 @@ def load_stream(
         tell("compressing images", 0, 0)
         stream = _compressed(stream, resolved.exemplar_bytes)
     return stream, resolved
+
+
+def _within_budget(asked: RunConfig, resolved: RunConfig, stream: Stream) -> RunConfig:
+    """The settings without the whitening that the stream proposes, where its map would take more than
+    `WHITENING_SHARE` of the bytes that there are for exemplars and centers."""
+    if "whiten" in asked.head_options or "whiten" not in resolved.head_options or not resolved.exemplar_bytes:
+        return resolved
+    import torch
+
+    from nnheads.attach import attach_head
+    from nnheads.backbones import build_backbone
+    from nnheads.heads.whitening import Whitening
+
+    form = stream.preprocessing
+    with torch.random.fork_rng(devices=[]):
+        backbone = build_backbone(str(resolved.backbone), stream.num_classes, form.channels)
+        features = attach_head(backbone, "dense").in_features
+    budget = resolved.strategy_options.get("budget_bytes") or (resolved.memory or 1) * form.channels * prod(form.size)
+    if Whitening(features, 1.0).bytes <= WHITENING_SHARE * budget:
+        return resolved
+    return replace(resolved, head_options={k: v for k, v in resolved.head_options.items() if k != "whiten"})
 
 
 def _compressed(stream: Stream, exemplar_bytes: int) -> Stream:

@@ -252,6 +252,9 @@ class StreamCell:
         """ConfigError where what was not asked for was something else when the results were made."""
         spec = stream_spec(self.config.stream)
         now = _as_json(self.config.resolve(spec, strategy_spec(self.config.strategy)))
+        # left out where its map would take the place of too many exemplars, which is known once the data are loaded
+        if "whiten" not in {**self.asked()["head_options"], **dict(made.get("head_options") or {})}:
+            now["head_options"].pop("whiten", None)
         # which backbone images in a folder get depends on their size
         free = _FREE | ({"backbone"} if spec.dataset.startswith("images:") else set())
         changed = changed_settings({**now, **made}, now, free)  # what is newer than the results counts for nothing

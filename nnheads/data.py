@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from nnheads.devices import moved
 from nnheads.errors import ConfigError, DataError, ShapeError
 from nnheads.preprocessing import (
     AUGMENTATIONS,
@@ -185,6 +186,8 @@ class BatchLoader:
         self.channels_last = channels_last
         self.epoch = 0
         """The epoch that the next ``iter()`` will take."""
+        self.rows = torch.zeros(0, dtype=torch.int64)
+        """Positions in ``data`` of the samples of the batch given last, on the CPU wherever the batches are."""
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.data), self.batch_size)
@@ -220,23 +223,17 @@ class BatchLoader:
             else:
                 rows = order[start:stop]
                 images, y, ids = (v.index_select(0, rows) for v in (self.data.images, self.data.labels, self.data.ids))
-            images = _moved(images, self.device)
+            self.rows = torch.arange(start, stop) if order is None else rows
+            images = moved(images, self.device)
             if self.augment is not None:
                 images = self.augment(images, generator)
             x = self.preprocessing(images, channels_last=self.channels_last)
-            yield x, _moved(y, self.device), _moved(ids, self.device)
+            yield x, moved(y, self.device), moved(ids, self.device)
 
 
 def leaves_one(count: int, batch_size: int) -> bool:
     """Whether batches of so many samples end with one of a single sample, on which batch normalisation cannot train."""
     return count > batch_size and count % batch_size == 1
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; to CUDA by pinned memory, so that the copy runs beside the network and nothing waits."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from nnheads._bfloat16 import RoundedProducts
 from nnheads.errors import ConfigError
@@ -87,6 +88,13 @@ def prefers_channels_last(device: torch.device, precision: Precision = "auto") -
     if device.type == "cpu":
         return bool(torch.backends.mkldnn.is_available())
     return device.type == "cuda" and resolve_precision(device, precision) == torch.bfloat16
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; to CUDA by pinned memory, so that the copy runs beside the network and nothing waits."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -218,19 +218,16 @@ def auto_sigma(sq_distances: Tensor, ratio: float = 0.05) -> Tensor:
     would make all k weigh the same, because distances concentrate in many dimensions.
 
     Args:
-        sq_distances: (n, k) squared distances, nearest first.
+        sq_distances: (n, k) squared distances, nearest first; rows of NaN are left out.
         ratio: in (0, 1).
 
     Returns:
         A scalar, in units of distance; where all k are equally far, the width at which they weigh ``ratio`` of a
-        neighbour at no distance, and 1 where all distances are zero.
+        neighbour at no distance, and 1 where all distances are zero. NaN where there are no others.
     """
-    spread = (sq_distances[:, -1] - sq_distances[:, 0]).median()
-    if spread <= 0:
-        spread = sq_distances.median()
-    if spread <= 0:
-        return torch.ones_like(spread)
-    return (spread / (2 * math.log(1 / ratio))).sqrt()
+    spread = (sq_distances[:, -1] - sq_distances[:, 0]).nanmedian()
+    spread = torch.where(spread <= 0, sq_distances.nanmedian(), spread)
+    return torch.where(spread <= 0, 1.0, spread / (2 * math.log(1 / ratio))).sqrt()
 
 
 def nearest_sigma(sq_distances: Tensor) -> Tensor:
@@ -240,14 +237,14 @@ def nearest_sigma(sq_distances: Tensor) -> Tensor:
     kernels can vanish at once, and the gradient with them.
 
     Args:
-        sq_distances: (n, k) squared distances, nearest first.
+        sq_distances: (n, k) squared distances, nearest first; rows of NaN are left out.
 
     Returns:
-        A scalar, in units of distance; 1 where all distances are zero.
+        A scalar, in units of distance; 1 where all distances are zero. NaN where there are no others.
     """
-    nearest = sq_distances[:, 0].median()
-    nearest = torch.where(nearest > 0, nearest, sq_distances.mean())
-    return torch.where(nearest > 0, nearest, torch.ones_like(nearest)).sqrt()
+    nearest = sq_distances[:, 0].nanmedian()
+    nearest = torch.where(nearest <= 0, sq_distances.nanmean(), nearest)
+    return torch.where(nearest <= 0, 1.0, nearest).sqrt()
 
 
 def nca_loss(

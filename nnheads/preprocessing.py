@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnheads.devices import moved
 from nnheads.errors import ConfigError, DataError, ShapeError, unknown_name
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
@@ -146,16 +147,20 @@ def _shift_and_flip(images: Tensor, generator: torch.Generator, *, flip: bool) -
     count, channels, height, width = images.shape
     pad = max(1, height // 8)
     padded = F.pad(images, (pad, pad, pad, pad))
-    top, left = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
-    rows = torch.arange(height) + top
-    columns = torch.arange(width).expand(count, width)
+    drawn = torch.zeros(3, count, 1, dtype=torch.int64)
+    drawn[:2] = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
     if flip:
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, width - 1 - columns, columns)
+        drawn[2] = torch.rand(count, 1, generator=generator) < 0.5
+    # a number an image is what goes to the device, not the places of all its pixels
+    top, left, mirrored = moved(drawn, images.device)
+    rows = torch.arange(height, device=images.device) + top
+    columns = torch.arange(width, device=images.device).expand(count, width)
+    if flip:
+        columns = torch.where(mirrored > 0, width - 1 - columns, columns)
     columns = columns + left
     # one flat gather does crop and flip together, the fastest form for batches of 32 as well as of 512
     pixels = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).view(count, 1, height * width)
-    pixels = pixels.to(images.device).expand(count, channels, height * width)
+    pixels = pixels.expand(count, channels, height * width)
     return padded.flatten(2).gather(2, pixels).view(count, channels, height, width)
 
 

@@ -27,6 +27,20 @@ class Change(NamedTuple):
     left: Tensor
 
 
+class Drawn(NamedTuple):
+    """What an `ExemplarBuffer.draw` gave.
+
+    Attributes:
+        rows: (n,) int64 where the samples are held, until the next change; see `ExemplarBuffer.images_at`.
+        labels: (n,) int64.
+        ids: (n,) int64.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    ids: Tensor
+
+
 @final
 class ExemplarBuffer:
     """At most ``budget`` images as uint8, the same number for every class seen.
@@ -106,6 +120,11 @@ class ExemplarBuffer:
     def row_bytes(self) -> int:
         """Bytes of one sample, as it is stored."""
         return self._images[0].numel() + 4 * 8
+
+    @property
+    def compresses(self) -> bool:
+        """Whether images are held compressed."""
+        return not isinstance(self._codec, RawCodec)
 
     @property
     def ids(self) -> Tensor:
@@ -208,7 +227,7 @@ class ExemplarBuffer:
         self._count += len(ids)
         self._seen.update(labels.tolist())
 
-    def draw(self, count: int, generator: torch.Generator, before: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, count: int, generator: torch.Generator, before: int | None = None) -> Drawn:
         """A random batch, without repetition as far as there are enough.
 
         Args:
@@ -217,11 +236,9 @@ class ExemplarBuffer:
             before: only samples that came with an earlier experience than this one; None for all.
 
         Returns:
-            (n, C, H, W) uint8 images, (n,) labels and (n,) ids; n is ``count``, or 0 where there are none.
+            ``count`` samples, or none where there are none.
         """
-        rows = torch.arange(self._count)
-        if before is not None:
-            rows = rows[torch.from_numpy(self._since[: self._count] < before)]
+        rows = torch.arange(self._count) if before is None else self.rows_before(before)
         if not len(rows) or count < 1:
             rows = rows[:0]
         elif len(rows) >= count:
@@ -229,11 +246,15 @@ class ExemplarBuffer:
         else:
             rows = rows[torch.randint(len(rows), (count,), generator=generator)]
         at = rows.numpy()
-        return (
-            self._codec.decode(self._images[rows]),
-            torch.from_numpy(self._labels[at]),
-            torch.from_numpy(self._ids[at]),
-        )
+        return Drawn(rows, torch.from_numpy(self._labels[at]), torch.from_numpy(self._ids[at]))
+
+    def rows_before(self, experience: int) -> Tensor:
+        """(n,) int64 rows, until the next change, of samples that came with an earlier experience than this one."""
+        return torch.from_numpy(np.flatnonzero(self._since[: self._count] < experience))
+
+    def images_at(self, rows: Tensor) -> Tensor:
+        """(n, C, H, W) uint8 images of rows (n,) that `draw` gave."""
+        return self._codec.decode(self._images[rows])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON values with which `load_state` goes on."""

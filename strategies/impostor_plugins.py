@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, Final, final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -83,10 +83,9 @@ class FeatureDistillation(SupervisedPlugin):  # type: ignore[misc]
 class _ExemplarBatches:
     """One pass over the exemplars in batches ``[x, y, ids, t]``."""
 
-    new_in_batch: Final = 0
-
     def __init__(self, strategy: ReplayStrategy) -> None:
         self.strategy = strategy
+        self.new_rows = torch.zeros(0, dtype=torch.int64)
         self.size: int = strategy.train_mb_size + strategy.replay_batch
 
     def __len__(self) -> int:

@@ -15,11 +15,12 @@ from nnheads.benchmarks.config import RunConfig
 from nnheads.benchmarks.run_setup import load_stream
 from nnheads.benchmarks.runner import run
 from nnheads.benchmarks.specs import stream_spec
-from nnheads.data import ImageSet
+from nnheads.data import BatchLoader, ImageSet, Preprocessing, no_augmentation
 from nnheads.errors import ConfigError
 from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.codec import WebPCodec
 from nnheads.strategies.registry import strategy_spec
+from nnheads.strategies.replay_loader import ReplayLoader
 
 SHAPE = (3, 32, 32)
 
@@ -90,14 +91,42 @@ def test_a_buffer_of_compressed_images_counts_their_bytes_and_gives_them_back(cr
     assert raw.bytes - small.bytes == 20 * (3072 - 512)
     held = small.exemplars()
     assert noise_ratio(crops[held.ids], held.images) > 28
-    drawn, labels, ids = small.draw(8, torch.Generator().manual_seed(0))
-    assert noise_ratio(crops[ids], drawn) > 28
-    assert torch.equal(labels, ids % 4)
+    drawn = small.draw(8, torch.Generator().manual_seed(0))
+    assert noise_ratio(crops[drawn.ids], small.images_at(drawn.rows)) > 28
+    assert torch.equal(drawn.labels, drawn.ids % 4)
     tensors, values = small.state()
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == small.bytes
     again = ExemplarBuffer(20, SHAPE, exemplar_bytes=512)
     again.load_state(tensors, values)
     assert torch.equal(again.exemplars().images, held.images)
+
+
+@pytest.mark.parametrize("exemplar_bytes", [None, 512])
+def test_replayed_images_are_those_of_their_ids_while_exemplars_come_and_go(
+    crops: Tensor, exemplar_bytes: int | None
+) -> None:
+    preprocessing = Preprocessing((32, 32), 3, (0.0,) * 3, (1.0,) * 3)
+    old = ImageSet(crops[:20], torch.arange(20) % 2, torch.arange(20), tuple("abcd"))
+    new = ImageSet(crops[20:], 2 + torch.arange(20) % 2, torch.arange(20, 40), tuple("abcd"))
+    buffer = ExemplarBuffer(16, SHAPE, exemplar_bytes=exemplar_bytes)
+    buffer.offer(old, torch.arange(20), experience=0)
+    held = set(buffer.ids.tolist())
+    batches = BatchLoader(new, preprocessing, 4, shuffle=True)
+    loader = ReplayLoader(batches, buffer, 6, 1, no_augmentation)
+    seen = crops if exemplar_bytes is None else WebPCodec(SHAPE, exemplar_bytes).decode(buffer.encode(crops))
+    replayed = set()
+    for epoch in range(3):
+        for x, y, ids, _ in loader:
+            assert torch.equal(ids[:4], new.ids[loader.new_rows])
+            assert torch.equal(x[4:], preprocessing(seen[ids[4:]]))
+            assert torch.equal(y[4:], ids[4:] % 2)
+            assert set(ids[4:].tolist()) <= held
+            replayed |= set(ids[4:].tolist())
+            buffer.offer(new, loader.new_rows, experience=1)
+        if epoch == 0:
+            assert len(held & set(buffer.ids.tolist())) == 8  # half has left, and the rows have moved
+            replayed.clear()
+    assert replayed == held & set(buffer.ids.tolist())
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +191,22 @@ def test_a_memory_too_small_for_a_covariance_is_not_whitened_unless_the_user_say
     assert whiten() == whiten(memory=100) == 0.3
     assert whiten(memory=99) is None
     assert whiten(memory=20, head_options={"whiten": 1.0}) == 1.0
+
+
+def test_a_map_that_would_take_the_place_of_many_exemplars_is_left_out_unless_the_user_says_so(
+    photographs: RunConfig,
+) -> None:
+    def whiten(**settings: object) -> object:
+        config = replace(photographs, **{"exemplar_bytes": 384, **settings})  # type: ignore[arg-type]
+        return load_stream(config, strategy_spec("impostor"), lambda *_: None)[1].head_options.get("whiten")
+
+    # of 160 features the map takes 51,200 bytes, of 512 half a megabyte; 200 images take 614,400
+    assert whiten(memory=200, backbone="slim_resnet18") == 0.3
+    assert whiten(memory=160, backbone="slim_resnet18") is None
+    assert whiten(memory=200, backbone="resnet18_cifar") is None
+    assert whiten(memory=2000, backbone="resnet18_cifar") == 0.3
+    assert whiten(memory=200, backbone="resnet18_cifar", head_options={"whiten": 0.1}) == 0.1
+    assert whiten(memory=200, backbone="resnet18_cifar", exemplar_bytes=0) == 0.3  # exemplars are counted there
 
 
 def test_centers_are_compressed_beside_exemplars_unless_the_user_says_otherwise() -> None:

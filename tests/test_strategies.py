@@ -146,12 +146,13 @@ def test_buffer_draws_what_came_before_an_experience() -> None:
     buffer = ExemplarBuffer(20, SHAPE)
     generator = torch.Generator().manual_seed(0)
     buffer.offer(data, torch.arange(10), experience=0)
-    assert len(buffer.draw(4, generator, before=0)[1]) == 0
+    assert len(buffer.draw(4, generator, before=0).rows) == 0
     buffer.offer(data, torch.arange(10, 20), experience=1)
-    _, labels, ids = buffer.draw(10, generator, before=1)
-    assert labels.tolist() == [0] * 10
-    assert len(ids.unique()) == 10
-    assert len(buffer.draw(30, generator)[1]) == 30
+    drawn = buffer.draw(10, generator, before=1)
+    assert drawn.labels.tolist() == [0] * 10
+    assert len(drawn.ids.unique()) == 10
+    assert torch.equal(buffer.images_at(drawn.rows), data.images[drawn.ids])
+    assert len(buffer.draw(30, generator).rows) == 30
 
 
 def test_buffer_state_goes_on_as_if_uninterrupted() -> None:

@@ -222,7 +222,8 @@ class MemoryHead(SearchingHead):
         if ids is None or ids.shape[1] > 1:
             return
         own = self.memory.rows_of(ids[:, 0])
-        self.memory.write(own[own >= 0], z[own >= 0])
+        held = (own >= 0).nonzero().flatten()
+        self.memory.write(own[held], z[held])
 
     def _coding_config(self) -> dict[str, Any]:
         """The options of compressed centers, for `config`."""

@@ -82,7 +82,9 @@ class SearchingHead(Head):
         own = None
         if own_ids is not None and len(self.memory):
             own = self.memory.rows_of(own_ids)
-            if not bool((own >= 0).any()):
+            if own.device.type == "cpu" and not bool(
+                (own >= 0).any()
+            ):  # a GPU would be waited for longer than this saves
                 own = None
         elif own_ids is None and self.training:
             self._warn_without_ids()

@@ -20,7 +20,8 @@ class Width(nn.Module):
         head: name of the head, for messages.
         sigma: a positive number; ``"learned"``, a parameter in log space that starts at the automatic width; or
             ``"auto"``.
-        rule: the automatic width, from squared distances (n, k) of samples to their neighbours, nearest first.
+        rule: the automatic width, from squared distances (n, k) of samples to their neighbours, nearest first; rows of
+            NaN are left out, and NaN is what nothing else gives.
     """
 
     value: Tensor
@@ -67,10 +68,12 @@ class Width(nn.Module):
         Embeddings change their scale between two refreshes; a width that stays behind makes the vote too flat or too
         sharp to learn from.
         """
-        full = valid.all(1)
-        if isinstance(self.sigma, str) and bool(full.any()):
-            wanted = self.rule(sq_distances[full]).to(self.value)
-            self.value.copy_(torch.where(self.value.isnan(), wanted, self.value.lerp(wanted, momentum)))
+        if isinstance(self.sigma, str) and len(valid):
+            # Nothing is asked of the numbers on the way: a GPU would be waited for.
+            full = sq_distances.masked_fill(~valid.all(1, keepdim=True), math.nan)
+            wanted = self.rule(full).to(self.value)
+            moved = torch.where(self.value.isnan(), wanted, self.value.lerp(wanted, momentum))
+            self.value.copy_(torch.where(wanted.isnan(), self.value, moved))
 
     def forward(self) -> Tensor:
         """The width, a scalar in units of distance; 1 as long as nothing was stored."""
