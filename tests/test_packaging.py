@@ -18,10 +18,10 @@ TOP_LEVEL = ("strategies", "benchmarks", "cli")
 LAYERS: list[list[str]] = [
     ["nnheads.errors"],
     ["nnheads._nca", "nnheads._neighborhoods", "nnheads._lasting", "nnheads._bfloat16"],
-    ["nnheads.functional", "nnheads.preprocessing", "nnheads.classifier_layer"],
+    ["nnheads.functional", "nnheads.classifier_layer"],
     ["nnheads.split"],
     ["nnheads.devices", "nnheads.distributed", "nnheads.interrupt", "nnheads.progress", "nnheads.storage"],
-    ["nnheads._faiss", "nnheads._exact"],
+    ["nnheads._faiss", "nnheads._exact", "nnheads.preprocessing"],
     ["nnheads.search_costs", "nnheads._ann"],
     ["nnheads._index_base"],
     ["nnheads.approximate", "nnheads.large"],
