@@ -21,8 +21,8 @@ _DECODED_BYTES: Final = 2**31  # of exemplars that are kept decoded at most
 class ReplayLoader:
     """Batches ``[x, y, ids, t]``: new samples first, then replayed ones that came with earlier experiences.
 
-    For as long as the experience is learned, the exemplars that are replayed lie decoded where the batches go: in a few
-    epochs each is drawn many times, and decoding 32 takes longer than a GPU's whole step.
+    For as long as the experience is learned, the exemplars that are replayed lie decoded where the batches go: each is
+    drawn several times, and is decoded once.
 
     Args:
         new: batches of the experience.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
+from nnheads.benchmarks.compare_streams import compare_streams
 from nnheads.benchmarks.config import RunConfig
 from nnheads.benchmarks.run_setup import load_stream
 from nnheads.benchmarks.runner import run
 from nnheads.benchmarks.specs import stream_spec
+from nnheads.benchmarks.stream_comparison import StreamComparison
+from nnheads.benchmarks.variants import variants
 from nnheads.data import BatchLoader, ImageSet, Preprocessing, no_augmentation
 from nnheads.errors import ConfigError
 from nnheads.strategies.buffer import ExemplarBuffer
@@ -207,6 +211,17 @@ def test_a_map_that_would_take_the_place_of_many_exemplars_is_left_out_unless_th
     assert whiten(memory=2000, backbone="resnet18_cifar") == 0.3
     assert whiten(memory=200, backbone="resnet18_cifar", head_options={"whiten": 0.1}) == 0.1
     assert whiten(memory=200, backbone="resnet18_cifar", exemplar_bytes=0) == 0.3  # exemplars are counted there
+
+
+def test_a_run_whose_map_was_left_out_is_taken_when_it_is_resumed(photographs: RunConfig, tmp_path: Path) -> None:
+    base = replace(photographs, memory=100, exemplar_bytes=384)  # of 128 features it would take 32,768 of 307,200 bytes
+    plan = StreamComparison(variants(["impostor"]), memory=(100,), seeds=(0,), base=base)
+    compare_streams(plan, tmp_path)
+    file = tmp_path / "impostor-m100-s0.json"
+    assert "whiten" not in json.loads(file.read_text())["config"]["head_options"]
+    made = file.stat().st_mtime_ns
+    compare_streams(plan, tmp_path, resume=True)
+    assert file.stat().st_mtime_ns == made
 
 
 def test_centers_are_compressed_beside_exemplars_unless_the_user_says_otherwise() -> None:

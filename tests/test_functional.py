@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import nnheads.functional as f
 from nnheads.heads import MemoryHead, build_head
+from nnheads.heads.width import Width
 
 B, N, D, C, K, S = 6, 40, 5, 4, 7, 0.875  # S is exact in float32
 
@@ -184,6 +186,30 @@ def test_auto_sigma_makes_the_farthest_weigh_the_ratio() -> None:
     assert weights.median().item() == pytest.approx(0.05, rel=1e-4)
     assert f.auto_sigma(torch.full((4, 3), 2.25)).item() > 0
     assert f.auto_sigma(torch.zeros(4, 3)).item() == 1
+
+
+@pytest.mark.parametrize("rule", [f.auto_sigma, f.nearest_sigma])
+def test_an_automatic_width_leaves_rows_of_nan_out(rule: Callable[[Tensor], Tensor]) -> None:
+    sq = torch.rand(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sort(1).values
+    holes = torch.full((5, 4), math.nan, dtype=torch.float64)
+    assert rule(torch.cat([holes[:2], sq, holes[2:]])).item() == rule(sq).item()
+    assert rule(torch.cat([holes, torch.zeros(3, 4, dtype=torch.float64)])).item() == 1
+    assert rule(holes).isnan()
+
+
+def test_a_width_follows_full_rows_alone() -> None:
+    sq = torch.tensor([[1.0, 4.0], [0.0, 100.0], [1.0, 4.0]])
+    valid = torch.tensor([[True, True], [True, False], [True, True]])
+    width = Width("impostor", "auto")
+    width.follow(sq[1:2], valid[1:2])
+    assert width.value.isnan()
+    width.follow(sq, valid)
+    assert width.value.item() == f.auto_sigma(sq[:1]).item()
+    width.follow(4 * sq, valid, momentum=0.5)
+    assert width.value.item() == pytest.approx(1.5 * f.auto_sigma(sq[:1]).item())
+    before = width.value.clone()
+    width.follow(sq[1:2], valid[1:2])
+    assert torch.equal(width.value, before)
 
 
 def test_projection_to_the_simplex() -> None:

@@ -141,6 +141,19 @@ def test_buffer_never_exceeds_budget_or_quota(budget: int, batches: list[list[tu
         held = now
 
 
+def test_buffer_offered_the_same_again_holds_the_same() -> None:
+    data = images_of([0, 0, 1, 2, 2, 2, 1, 0, 2, 1] * 6)
+    buffer = ExemplarBuffer(15, SHAPE)
+    for rows in torch.arange(60).split(7):
+        buffer.offer(data, rows)
+    held = buffer.ids
+    for rows in torch.randperm(60, generator=torch.Generator().manual_seed(0)).split(11):
+        change = buffer.offer(data, rows)
+        assert not len(change.entered)
+        assert not len(change.left)
+    assert torch.equal(buffer.ids, held)
+
+
 def test_buffer_draws_what_came_before_an_experience() -> None:
     data = images_of([0] * 10 + [1] * 10)
     buffer = ExemplarBuffer(20, SHAPE)

@@ -82,9 +82,8 @@ class SearchingHead(Head):
         own = None
         if own_ids is not None and len(self.memory):
             own = self.memory.rows_of(own_ids)
-            if own.device.type == "cpu" and not bool(
-                (own >= 0).any()
-            ):  # a GPU would be waited for longer than this saves
+            # without own centers the search is a little less; a GPU would have to be waited for to know
+            if own.device.type == "cpu" and not bool((own >= 0).any()):
                 own = None
         elif own_ids is None and self.training:
             self._warn_without_ids()
