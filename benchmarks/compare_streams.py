@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from nnheads.benchmarks.locks import exclusive
+from nnheads.benchmarks.locks import exclusive, tidy
 from nnheads.benchmarks.measures import mean_and_spread, seen_accuracy
 from nnheads.benchmarks.results import SUMMARY, check_same_comparison, write_json
 from nnheads.benchmarks.stream_comparison import REFERENCE, StreamCell, StreamComparison, stream_cells
@@ -286,6 +286,9 @@ def _make(
     ``diverged`` gets the runs that diverge, by variant, which have no results then; where it is None they raise.
     """
     gone = {} if diverged is None else diverged
+    for cell in cells:
+        if cell.results.is_file():
+            _tidy(cell)
     missing = [cell for cell in cells if not cell.results.is_file() and cell.variant.name not in gone]
     while missing:
         left = []
@@ -312,6 +315,12 @@ def _make(
             if progress is not None:
                 progress(f"waiting for another process: {missing[0].name}", 0, 0)
             time.sleep(_POLL_SECONDS)
+
+
+def _tidy(cell: StreamCell) -> None:
+    """Removes what a process left beside a finished run that was killed just then."""
+    tidy(cell.lock)
+    shutil.rmtree(cell.checkpoint, ignore_errors=True)
 
 
 def _run(cell: StreamCell, progress: Progress | None) -> dict[str, Any]:

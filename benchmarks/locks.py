@@ -36,6 +36,13 @@ def exclusive(path: Path) -> Iterator[bool]:
         os.close(handle)
 
 
+def tidy(path: Path) -> None:
+    """Removes the file of a lock that a killed process left behind; one that is held stays."""
+    if path.exists():
+        with exclusive(path):
+            pass
+
+
 def _locked(path: Path) -> int | None:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

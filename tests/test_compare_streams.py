@@ -608,6 +608,20 @@ def test_a_run_that_another_process_makes_is_left_to_it(asked: list[RunConfig], 
     assert [c.strategy for c in asked] == ["er-ace", "replay"]
 
 
+def test_what_a_process_killed_at_its_end_left_is_removed(asked: list[RunConfig], tmp_path: Path) -> None:
+    comparison = plan("replay", "er-ace", memory=(50,))
+    compare_streams(comparison, tmp_path)
+    left, busy = stream_cells(comparison, tmp_path)
+    left.lock.touch()
+    left.checkpoint.mkdir()
+    with exclusive(busy.lock):
+        compare_streams(comparison, tmp_path, resume=True)
+        assert not left.lock.exists()
+        assert not left.checkpoint.exists()
+        assert busy.lock.exists()
+    assert len(asked) == 2
+
+
 def work(out: Path) -> None:
     compare_streams(plan("replay+epochs=1", "naive+epochs=1", memory=(50,), seeds=(0, 1)), out, resume=True)
 

@@ -357,6 +357,16 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:
     assert not list(cells.glob(".*"))  # neither locks nor halves of files
 
 
+def test_the_lock_of_a_process_killed_at_its_end_is_removed(tmp_path: Path) -> None:
+    _run(_toy(), tmp_path)
+    left, busy = (tmp_path / "cells" / f".{cell}-seed0.lock" for cell in "ab")
+    left.touch()
+    with exclusive(busy):
+        _run(_toy(), tmp_path, resume=True)
+        assert not left.exists()
+        assert busy.exists()
+
+
 def test_the_command_lists_runs_and_reports(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     from nnheads.cli.main import main
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from nnheads.benchmarks.locks import exclusive
+from nnheads.benchmarks.locks import exclusive, tidy
 from nnheads.benchmarks.results import device_name, versions, write_json
 from nnheads.benchmarks.studies.study import Cell, Job, Outcome, Study
 from nnheads.errors import CheckpointError, ConfigError, DataError
@@ -91,11 +91,14 @@ def run_study(
         check_fresh(out)
     _check_same_study(plan, out)
     found = {path: _held(plan, cell, seed, path) for cell, seed, path in files}
+    for path, result in found.items():
+        if result is not None:
+            tidy(_lock(path))
     missing: DataError | None = None
     pending = deque(entry for entry in files if found[entry[2]] is None)
     while pending:
         cell, seed, path = pending.popleft()
-        with exclusive(out / CELLS / f".{path.stem}.lock") as mine:
+        with exclusive(_lock(path)) as mine:
             # another process is at it, or has finished it since we looked
             found[path] = _held(plan, cell, seed, path) if mine else None
             if not mine and wait:
@@ -119,6 +122,10 @@ def run_study(
     if not results and missing is not None:
         raise missing
     return results
+
+
+def _lock(results: Path) -> Path:
+    return results.parent / f".{results.stem}.lock"
 
 
 def check_fresh(out: Path) -> None:
