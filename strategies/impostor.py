@@ -85,6 +85,7 @@ class ImpostorContinual(ReplayStrategy):
         super().__init__(
             model=model,
             buffer=buffer,
+            views=options.views,
             train_epochs=train_epochs + options.fine_tune,
             plugins=[*own, *(plugins or [])],
             **settings,

@@ -26,6 +26,8 @@ class ImpostorOptions:
         n_a, n_d, choose, drop, redistribute, ridge, rounds, balanced: see
             `nnheads.strategies.center_rules.CenterRules`.
         fine_tune: n_f, passes over the exemplars after the update of the centers; gradient samples all the same.
+        views: 2 for a second view of each image in a batch, changed as SCR's are
+            (`nnheads.strategies.views.ContrastiveViews`); gradient samples too.
         exemplars: whether the centers' images are kept and replayed. Without them a center stays where the backbone put
             it when its experience was learned.
         drift: what is done about that: ``"free"``: nothing; ``"frozen"``: the backbone learns the first experience
@@ -44,6 +46,7 @@ class ImpostorOptions:
     rounds: int = 1
     balanced: bool = True
     fine_tune: int = 0
+    views: int = 1
     exemplars: bool = True
     drift: Literal["free", "frozen", "distill"] = "free"
     drift_weight: float = 1.0
@@ -62,6 +65,8 @@ class ImpostorOptions:
             absent = value is None and name == "budget_bytes"
             if not absent and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ConfigError(f"{name} must be a whole number, {least} or more, not {value!r}")
+        if self.views not in (1, 2) or isinstance(self.views, bool):
+            raise ConfigError(f"views must be 1 or 2, not {self.views!r}")
         if self.drift not in DRIFTS:
             raise ConfigError(f"drift must be one of {', '.join(DRIFTS)}, not {self.drift!r}")
         if self.fine_tune and not self.exemplars:

@@ -21,6 +21,7 @@ from nnheads.data import (
     BatchLoader,
     ImageSet,
     Preprocessing,
+    crop_flip,
     get_augmentation,
     leaves_one,
     materialize,
@@ -34,6 +35,7 @@ from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.plugins import silent_evaluator
 from nnheads.strategies.refill import EMBED_BATCH, check_finite, refill
 from nnheads.strategies.replay_loader import ReplayLoader
+from nnheads.strategies.views import ContrastiveViews
 
 _CHECKED: Final = 50  # steps of a GPU between two looks at the embeddings
 
@@ -59,6 +61,8 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         replay_batch: replayed samples a step; None for as many as new ones, 0 for none.
         seed: of order, augmentation and replay.
         precision: see `nnheads.training.autocast_for`.
+        views: 2 for a second view of each image in a batch, see `nnheads.strategies.views.ContrastiveViews`, which is a
+            gradient sample too; 1 for the batch as it is.
         ema: decay of an average of the weights over the steps of an experience, which takes their place at its end, so
             that it answers and the next experience goes on from it: between experiences there is one set of weights.
             None for none.
@@ -70,6 +74,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
     """
 
     dataloader: Any
+    mbatch: Any
 
     def __init__(
         self,
@@ -82,6 +87,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         replay_batch: int | None = None,
         seed: int = 0,
         precision: Precision = "auto",
+        views: int = 1,
         ema: float | None = None,
         train_mb_size: int = 32,
         train_epochs: int = 1,
@@ -96,6 +102,8 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         model.to(where)
         if self.channels_last:
             model.backbone.to(memory_format=torch.channels_last)
+        if views not in (1, 2):
+            raise ConfigError(f"views must be 1 or 2, not {views!r}")
         if ema is not None and not 0 < ema < 1:
             raise ConfigError(f"ema must be between 0 and 1, not {ema}")
         preprocessing = preprocessing or model.preprocessing
@@ -122,6 +130,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         self.replay_batch = train_mb_size if replay_batch is None else replay_batch
         self.seed = seed
         self.precision = precision
+        self.second_view = ContrastiveViews(preprocessing, self.augment is crop_flip) if views == 2 else None
         self.intake: frozenset[int] | None = None
         self.further_loss: Callable[[Tensor, Tensor], Tensor] | None = None
         self.epochs_done = 0
@@ -200,6 +209,17 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         """One pass over the experience."""
         super().training_epoch(**kwargs)
         self.epochs_done += 1
+
+    def _unpack_minibatch(self) -> None:
+        """The batch to the device, with its second views behind it."""
+        super()._unpack_minibatch()
+        if self.is_training and self.second_view is not None:
+            x, *others = self.mbatch
+            seen = torch.cat([x, self.second_view(x)])
+            if self.channels_last:
+                seen = seen.contiguous(memory_format=torch.channels_last)
+            # Of the same ids: the loss leaves a sample's own center out for both.
+            self.mbatch = [seen, *(torch.cat([part, part]) for part in others)]
 
     def forward(self) -> Tensor:
         """Embeddings of the batch, and in evaluation or for metrics the head's output."""

@@ -84,6 +84,7 @@ def held(learner: Any) -> list[int]:
         {"redistribute": "exact", "rounds": 2},
         {"choose": "mixed:0.5", "ema": 0.9},
         {"fine_tune": 1},
+        {"views": 2},
         {"choose": "random", "drop": "random"},
         {"exemplars": False, "drift": "frozen"},
         {"exemplars": False, "drift": "distill"},
@@ -160,6 +161,30 @@ def test_fine_tuning_passes_are_counted_and_see_the_exemplars_only() -> None:
     assert sorted(tuned.tolist()) == sorted(2 * held(learner))
 
 
+def test_two_views_of_each_image_are_trained_on_and_counted() -> None:
+    learner = learner_of(small_stream(), views=2, fine_tune=1)
+    strategy = learner.strategy
+    batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    original = strategy.criterion
+
+    def record() -> torch.Tensor:
+        batches.append((strategy.mb_x.clone(), strategy.mb_y.clone(), strategy.mb_ids.clone()))
+        return original()
+
+    strategy.criterion = record
+    learn(learner, 0)
+    assert learner.gradient_samples == 2 * (60 + 18)
+    for x, y, ids in batches:
+        half = len(x) // 2
+        assert torch.equal(ids[:half], ids[half:])
+        assert torch.equal(y[:half], y[half:])
+        changed = (x[:half] != x[half:]).flatten(1).any(1)
+        assert changed.float().mean() > 0.9
+        apart = (x[half:, None] - x[None, :half]).square().flatten(2).sum(2)
+        # a view is nearer to its own image than to most others
+        assert apart.argsort().argsort().diagonal().float().mean() < 0.4 * half
+
+
 def test_a_frozen_backbone_learns_once_and_still_gets_centers() -> None:
     learner = learner_of(small_stream(), exemplars=False, drift="frozen")
     learn(learner, 0)
@@ -191,7 +216,7 @@ def test_distillation_holds_the_embeddings_where_they_were() -> None:
 
 def test_an_interrupted_run_goes_on_as_if_it_were_not() -> None:
     stream = small_stream()
-    options: dict[str, Any] = {"ema": 0.9, "fine_tune": 1, "rounds": 2}
+    options: dict[str, Any] = {"ema": 0.9, "fine_tune": 1, "rounds": 2, "views": 2}
     whole = learner_of(stream, **options)
     learn(whole, 0, 1)
     tensors, values = whole.state()
@@ -247,6 +272,7 @@ def test_mistakes_in_the_options() -> None:
     for options, message in (
         ({"chose": "worst"}, "unknown option of strategy 'impostor' 'chose'.*did you mean 'choose'"),
         ({"choose": "best"}, "choose must be one of"),
+        ({"views": 3}, "views must be 1 or 2, not 3"),
         ({"fine_tune": -1}, "fine_tune must be a whole number, 0 or more"),
         ({"exemplars": "no"}, "exemplars must be true or false"),
         ({"drift": "slow"}, "drift must be one of free, frozen, distill"),
