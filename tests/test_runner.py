@@ -377,6 +377,44 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, options: dict[
         assert found[key] == whole[key]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strategy": "impostor", "ema": 0.9, "head_options": {"whiten": 0.3, "bytes_per_center": 16}},
+        {"strategy": "impostor", "strategy_options": {"redistribute": "influence", "choose": "worst", "drop": "best"}},
+        {"strategy": "impostor", "strategy_options": {"fine_tune": 1, "views": 2}},
+        {"strategy": "impostor", "strategy_options": {"drift": "distill"}},
+        {"head": "nngk"},
+        {"head": "dense", "ema": 0.9},
+        {"strategy": "avalanche-replay", "ema": 0.9},
+    ],
+    ids=str,
+)
+def test_a_stream_on_a_gpu(tmp_path: Path, options: dict[str, Any]) -> None:
+    config = replace(QUICK, epochs=6, device="cuda", precision="float32", **options)
+    found = run(config)
+    assert found["device"] != "cpu"
+    assert found["accuracy"] > 0.4  # six classes
+    beside = run(replace(config, device="cpu"))
+    for key in ("gradient_samples", "memory_parts", "exemplars"):
+        assert found[key] == beside[key]
+    if options.get("strategy") == "avalanche-replay":
+        return
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what.startswith("experience 3 of 3: training"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(config, progress=kill, checkpoint=tmp_path)
+    resumed = run(config, checkpoint=tmp_path, resume=True)
+    # sums are not taken in the same order twice there
+    assert resumed["accuracy"] == pytest.approx(found["accuracy"], abs=0.1)
+
+
 @pytest.mark.usefixtures("short")
 def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     state = tmp_path / "state"
