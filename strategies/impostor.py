@@ -63,7 +63,7 @@ class ImpostorContinual(ReplayStrategy):
             raise ConfigError("ema needs the centers' images, to embed them by the averaged backbone: exemplars=true")
         self.centers = CenterPlugin(
             n_t=train_epochs,
-            n_f=options.fine_tune,
+            n_f=options.fine_tune_epochs,
             buffer=buffer,
             n_a=options.n_a,
             n_d=options.n_d,
@@ -77,7 +77,7 @@ class ImpostorContinual(ReplayStrategy):
         )
         own: list[SupervisedPlugin] = [self.centers]
         if options.fine_tune:
-            own.append(FineTune(train_epochs))
+            own.append(FineTune(train_epochs, options.fine_tune))
         if options.drift == "frozen":
             own.insert(0, FrozenAfterFirst(self.centers))
         if options.drift == "distill":
@@ -86,7 +86,7 @@ class ImpostorContinual(ReplayStrategy):
             model=model,
             buffer=buffer,
             views=options.views,
-            train_epochs=train_epochs + options.fine_tune,
+            train_epochs=train_epochs + options.fine_tune_epochs,
             plugins=[*own, *(plugins or [])],
             **settings,
         )

@@ -25,7 +25,8 @@ class ImpostorOptions:
     Attributes:
         n_a, n_d, choose, drop, redistribute, ridge, rounds, balanced: see
             `nnheads.strategies.center_rules.CenterRules`.
-        fine_tune: n_f, passes over the exemplars after the update of the centers; gradient samples all the same.
+        fine_tune: n_f, passes over the exemplars after the update of the centers; 0.3 is one over three tenths of them,
+            drawn at random. Gradient samples all the same.
         views: 2 for a second view of each image in a batch, changed as SCR's are
             (`nnheads.strategies.views.ContrastiveViews`); gradient samples too.
         exemplars: whether the centers' images are kept and replayed. Without them a center stays where the backbone put
@@ -45,7 +46,7 @@ class ImpostorOptions:
     ridge: float = 1.0
     rounds: int = 1
     balanced: bool = True
-    fine_tune: int = 0
+    fine_tune: float = 0
     views: int = 1
     exemplars: bool = True
     drift: Literal["free", "frozen", "distill"] = "free"
@@ -56,15 +57,13 @@ class ImpostorOptions:
         for name in ("balanced", "exemplars"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        for name in ("drift_weight", "ridge"):
+        for name in ("drift_weight", "ridge", "fine_tune"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ConfigError(f"{name} must be a number, 0 or more, not {value!r}")
-        for name, least in (("fine_tune", 0), ("budget_bytes", 1)):
-            value = getattr(self, name)
-            absent = value is None and name == "budget_bytes"
-            if not absent and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ConfigError(f"{name} must be a whole number, {least} or more, not {value!r}")
+        given = self.budget_bytes
+        if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
+            raise ConfigError(f"budget_bytes must be a whole number, 1 or more, not {given!r}")
         if self.views not in (1, 2) or isinstance(self.views, bool):
             raise ConfigError(f"views must be 1 or 2, not {self.views!r}")
         if self.drift not in DRIFTS:
@@ -74,6 +73,11 @@ class ImpostorOptions:
         if self.fine_tune and self.drift == "frozen":
             raise ConfigError("drift='frozen' trains nothing after the first experience: leave fine_tune out")
         self.rules()
+
+    @property
+    def fine_tune_epochs(self) -> int:
+        """Epochs that the passes of fine-tuning take, the last of which may be a part of one."""
+        return math.ceil(self.fine_tune)
 
     def rules(self) -> CenterRules:
         """How centers are chosen.

@@ -18,11 +18,17 @@ from nnheads.strategies.replay import ReplayStrategy
 
 @final
 class FineTune(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not typed
-    """After n_t epochs, every epoch of a `ReplayStrategy` is a pass over its exemplars."""
+    """After n_t epochs, every epoch of a `ReplayStrategy` is a pass over its exemplars.
 
-    def __init__(self, n_t: int) -> None:
+    Args:
+        n_t: epochs before.
+        passes: how many follow; of the last a part where it is no whole number.
+    """
+
+    def __init__(self, n_t: int, passes: float) -> None:
         super().__init__()
         self.n_t = n_t
+        self.passes = passes
         self._epochs = 0
 
     def before_training_exp(self, strategy: ReplayStrategy, **kwargs: Any) -> None:
@@ -30,7 +36,7 @@ class FineTune(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not type
 
     def before_training_epoch(self, strategy: ReplayStrategy, **kwargs: Any) -> None:
         if self._epochs >= self.n_t:
-            strategy.dataloader = _ExemplarBatches(strategy)
+            strategy.dataloader = _ExemplarBatches(strategy, min(1.0, self.passes - (self._epochs - self.n_t)))
         self._epochs += 1
 
 
@@ -81,15 +87,16 @@ class FeatureDistillation(SupervisedPlugin):  # type: ignore[misc]
 
 @final
 class _ExemplarBatches:
-    """One pass over the exemplars in batches ``[x, y, ids, t]``."""
+    """One pass over a share of the exemplars, drawn at random, in batches ``[x, y, ids, t]``."""
 
-    def __init__(self, strategy: ReplayStrategy) -> None:
+    def __init__(self, strategy: ReplayStrategy, share: float) -> None:
         self.strategy = strategy
+        self.count = min(len(strategy.buffer), max(2, round(share * len(strategy.buffer))))
         self.new_rows = torch.zeros(0, dtype=torch.int64)
         self.size: int = strategy.train_mb_size + strategy.replay_batch
 
     def __len__(self) -> int:
-        return max(1, len(self.strategy.buffer) // self.size)
+        return max(1, self.count // self.size)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         strategy = self.strategy
@@ -97,7 +104,8 @@ class _ExemplarBatches:
         generator = torch.Generator().manual_seed(int(seed) >> 1)
         held = strategy.buffer.exemplars()
         # In equal parts: batch normalisation cannot train on a rest of one.
-        for rows in torch.randperm(len(held), generator=generator).tensor_split(len(self)):
+        drawn = torch.randperm(len(held), generator=generator)[: self.count]
+        for rows in drawn.tensor_split(len(self)):
             images = strategy.augment(held.images[rows].to(strategy.device), generator)
             x = strategy.preprocessing(images, channels_last=strategy.channels_last)
             y, ids = held.labels[rows].to(strategy.device), held.ids[rows].to(strategy.device)

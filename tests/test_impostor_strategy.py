@@ -161,6 +161,25 @@ def test_fine_tuning_passes_are_counted_and_see_the_exemplars_only() -> None:
     assert sorted(tuned.tolist()) == sorted(2 * held(learner))
 
 
+def test_the_last_pass_of_fine_tuning_may_be_a_part_of_one() -> None:
+    learner = learner_of(small_stream(), fine_tune=1.5)
+    learn(learner, 0)
+    assert learner.gradient_samples == 60 + 18 + 9
+    ids: list[torch.Tensor] = []
+    original = learner.strategy.criterion
+
+    def record() -> torch.Tensor:
+        ids.append(learner.strategy.mb_ids.clone())
+        return original()
+
+    learner.strategy.criterion = record
+    learn(learner, 1)
+    tuned = torch.cat(ids[-2:])
+    assert len(tuned) == 16 + 8  # four classes share 18
+    assert set(tuned[:16].tolist()) == set(held(learner))
+    assert len(set(tuned[16:].tolist())) == 8
+
+
 def test_two_views_of_each_image_are_trained_on_and_counted() -> None:
     learner = learner_of(small_stream(), views=2, fine_tune=1)
     strategy = learner.strategy
@@ -273,7 +292,7 @@ def test_mistakes_in_the_options() -> None:
         ({"chose": "worst"}, "unknown option of strategy 'impostor' 'chose'.*did you mean 'choose'"),
         ({"choose": "best"}, "choose must be one of"),
         ({"views": 3}, "views must be 1 or 2, not 3"),
-        ({"fine_tune": -1}, "fine_tune must be a whole number, 0 or more"),
+        ({"fine_tune": -1}, "fine_tune must be a number, 0 or more"),
         ({"exemplars": "no"}, "exemplars must be true or false"),
         ({"drift": "slow"}, "drift must be one of free, frozen, distill"),
         ({"exemplars": False, "fine_tune": 1}, "fine_tune passes over"),
