@@ -70,6 +70,17 @@ def test_tracking(name: str, options: dict[str, Any], follows: bool) -> None:
     torch.testing.assert_close(head.memory.keys[rows], expected)
 
 
+def test_of_a_sample_that_comes_twice_the_first_is_tracked() -> None:
+    head, z, y, ids = make("nngk", k=5)
+    head.train()
+    moved = z + 1
+    order = torch.tensor([3, 5, 3, 3, 5])
+    head.loss(torch.cat([moved[order[:2]], moved[order[2:]] + 7]), y[order], ids=ids[order])
+    expected = z.clone()
+    expected[[3, 5]] = moved[[3, 5]]
+    torch.testing.assert_close(head.memory.keys[head.memory.rows_of(ids)], expected)
+
+
 @pytest.mark.parametrize("soft", [False, True])
 def test_a_class_whose_share_is_below_single_precision_still_pulls(soft: bool) -> None:
     """Kernels as narrow as embeddings that a long training drew together have: shares of exp(-100) and exp(-1000)."""

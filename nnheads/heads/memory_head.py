@@ -218,12 +218,17 @@ class MemoryHead(SearchingHead):
 
     @torch.no_grad()
     def _track(self, z: Tensor, ids: Tensor | None) -> None:
-        """Move the centers of a batch's samples to their embeddings ``z``; not where two samples were mixed."""
+        """Move the centers of a batch's samples to their embeddings ``z``, the first of each sample; not where two
+        samples were mixed."""
         if ids is None or ids.shape[1] > 1:
             return
         own = self.memory.rows_of(ids[:, 0])
-        held = (own >= 0).nonzero().flatten()
-        self.memory.write(own[held], z[held])
+        order = torch.arange(len(own), device=own.device)
+        # Which of several writes to a row counts is chance on a GPU; a second view's must not.
+        first = order.new_full((len(self.memory) + 1,), len(own))  # the last is that of samples without a center
+        first.scatter_reduce_(0, own.where(own >= 0, len(self.memory)), order, "amin")
+        chosen = ((own >= 0) & (first[own] == order)).nonzero().flatten()
+        self.memory.write(own[chosen], z[chosen])
 
     def _coding_config(self) -> dict[str, Any]:
         """The options of compressed centers, for `config`."""
