@@ -110,7 +110,8 @@ def compare_streams(
                 if mine:
                     cell.set_aside()
     _check(cells)
-    _make([cell for cell in cells if cell.name in names], progress, finished)
+    diverged: dict[str, DivergedError] = {}
+    _make([cell for cell in cells if cell.name in names], diverged, progress, finished)
     summary = summarize_streams(plan, cells)
     summary |= {
         "runs": len(every),
@@ -118,6 +119,8 @@ def compare_streams(
         "rates": {name: list(tried[name]) for name in chosen},
     }
     write_json(out / SUMMARY, summary)
+    for name, error in diverged.items():
+        raise DivergedError(f"{name}: {error}")
     return summary
 
 
@@ -236,6 +239,7 @@ def _pick_rates(
     What is missing is tried for ``rows`` alone; others are chosen for where all that it takes is there.
     """
     tried = {variant.name: tuple(sorted(plan.rates)) for variant in plan.free_variants}
+    gone: dict[str, DivergedError] = {}
     diverged: dict[str, DivergedError] = {}
     while True:
         trials = plan.trials(tried)
@@ -246,7 +250,8 @@ def _pick_rates(
         cells = stream_cells(trials, folder)
         _check(cells)
         wanted = {name for row in rows & names.keys() for name in names[row].values()}
-        _make([cell for cell in cells if cell.variant.name in wanted], progress, finished, wait=True, diverged=diverged)
+        _make([cell for cell in cells if cell.variant.name in wanted], gone, progress, finished, wait=True)
+        diverged |= {cell.variant.name: gone[cell.name] for cell in cells if cell.name in gone}
         found = summarize_streams(trials, cells)
         write_json(folder / SUMMARY, found)
         accuracy = {row["name"]: row["accuracy"]["mean"] for row in found["rows"]}
@@ -275,21 +280,20 @@ def _check(cells: Sequence[StreamCell]) -> None:
 
 def _make(
     cells: Sequence[StreamCell],
+    diverged: dict[str, DivergedError],
     progress: Progress | None,
     finished: Callable[[dict[str, Any], int, int], None] | None,
     *,
     wait: bool = False,
-    diverged: dict[str, DivergedError] | None = None,
 ) -> None:
     """Makes the runs that are missing; those that another process makes are left to it, or waited for.
 
-    ``diverged`` gets the runs that diverge, by variant, which have no results then; where it is None they raise.
+    ``diverged`` gets the runs that diverge, by name, which have no results then; those in it are left out.
     """
-    gone = {} if diverged is None else diverged
     for cell in cells:
         if cell.results.is_file():
             _tidy(cell)
-    missing = [cell for cell in cells if not cell.results.is_file() and cell.variant.name not in gone]
+    missing = [cell for cell in cells if not cell.results.is_file() and cell.name not in diverged]
     while missing:
         left = []
         for cell in missing:
@@ -300,11 +304,9 @@ def _make(
                     try:
                         result = _run(cell, progress)
                     except DivergedError as error:
-                        if diverged is None:
-                            raise
-                        diverged[cell.variant.name] = error
+                        diverged[cell.name] = error
                         if progress is not None:
-                            progress(f"{cell.name} diverged, its rate is not chosen", 0, 0)
+                            progress(f"{cell.name} diverged", 0, 0)
                         continue
                     write_json(cell.results, result)
                     shutil.rmtree(cell.checkpoint, ignore_errors=True)

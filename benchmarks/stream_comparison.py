@@ -125,8 +125,12 @@ class StreamComparison:
 
     @property
     def free_variants(self) -> list[Variant]:
-        """Those without a learning rate of their own."""
-        return [variant for variant in self.variants if "learning_rate" not in variant.settings]
+        """Those that train weights, at a learning rate that is not given."""
+        return [
+            variant
+            for variant in self.variants
+            if "learning_rate" not in variant.settings and strategy_spec(variant.strategy).averages
+        ]
 
     def trials(self, rates: Mapping[str, Sequence[float]] | None = None) -> StreamComparison:
         """The runs by which learning rates are chosen: one variant for each rate.

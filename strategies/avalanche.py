@@ -27,7 +27,7 @@ from nnheads.strategies.avalanche_learner import AvalancheLearner, Features, Kep
 from nnheads.strategies.avalanche_options import DEROptions, GDumbOptions
 from nnheads.strategies.averaged import module_bytes
 from nnheads.strategies.learner import Learner, Setup
-from nnheads.strategies.plugins import GEM, AveragedWeights, StepReport, silent_evaluator
+from nnheads.strategies.plugins import GEM, AveragedWeights, LastSamples, StepReport, silent_evaluator
 from nnheads.strategies.views import ContrastiveViews
 
 EWC_LAMBDA: Final = 1.0
@@ -51,22 +51,44 @@ def replay(setup: Setup) -> Learner:
     return AvalancheLearner(setup, Naive(**_common(setup, plugin)), lambda: Kept(len(plugin.storage_policy.buffer)))
 
 
+class _ReplaysWhatThereIs:
+    """ER-ACE and DER replay nothing at all while they hold fewer exemplars than a batch of them: here as many as they
+    hold at any moment."""
+
+    storage_policy: Any
+
+    @property
+    def batch_size_mem(self) -> int:
+        """Replayed samples a step."""
+        held = len(self.storage_policy.buffer)
+        return min(self._asked, held) if held else self._asked
+
+    @batch_size_mem.setter
+    def batch_size_mem(self, asked: int) -> None:
+        self._asked = asked
+
+
+@final
+class _ErAce(_ReplaysWhatThereIs, ER_ACE):  # type: ignore[misc]  # Avalanche is not typed
+    pass
+
+
+@final
+class _Der(_ReplaysWhatThereIs, DER):  # type: ignore[misc]
+    pass
+
+
 def er_ace(setup: Setup) -> Learner:
     """ER-ACE."""
-    strategy = ER_ACE(mem_size=_exemplars(setup), batch_size_mem=setup.replay_batch, **_common(setup))
-    return AvalancheLearner(
-        setup,
-        strategy,
-        lambda: Kept(len(strategy.storage_policy.buffer)),
-        before=_replay_what_there_is(setup, strategy),
-    )
+    strategy = _ErAce(mem_size=_exemplars(setup), batch_size_mem=setup.replay_batch, **_common(setup))
+    return AvalancheLearner(setup, strategy, lambda: Kept(len(strategy.storage_policy.buffer)))
 
 
 def der(setup: Setup) -> Learner:
     """DER++; a logit vector is kept with each exemplar."""
     options = DEROptions(**setup.strategy_options)
     logits = 4 * setup.num_classes
-    strategy = DER(
+    strategy = _Der(
         mem_size=_exemplars(setup, logits),
         batch_size_mem=setup.replay_batch,
         alpha=options.alpha,
@@ -78,7 +100,7 @@ def der(setup: Setup) -> Learner:
         held = len(strategy.storage_policy.buffer)
         return Kept(held, (("logits", held * logits),))
 
-    return AvalancheLearner(setup, strategy, kept, before=_replay_what_there_is(setup, strategy))
+    return AvalancheLearner(setup, strategy, kept)
 
 
 def icarl(setup: Setup) -> Learner:
@@ -132,16 +154,10 @@ def gdumb(setup: Setup) -> Learner:
     options = GDumbOptions(**setup.strategy_options)
     memory = _exemplars(setup)
     plugin = GDumbPlugin(memory)
-    strategy = Naive(**_common(setup, plugin))
-    stream = setup.benchmark.train_stream
-    held = min(memory, sum(len(experience.dataset) for experience in stream))
-
-    def before(experience: int) -> None:
-        if experience == len(stream) - 1 and options.last_samples is not None:
-            strategy.train_epochs = max(1, round(options.last_samples / held))
-
+    passes = LastSamples(options.last_samples, len(setup.benchmark.train_stream))
+    strategy = Naive(**_common(setup, plugin, passes))  # in this order: after it has chosen what is trained on
     # the first weights are those of a seed
-    return AvalancheLearner(setup, strategy, lambda: Kept(len(plugin.storage_policy.buffer)), before=before)
+    return AvalancheLearner(setup, strategy, lambda: Kept(len(plugin.storage_policy.buffer)))
 
 
 def scr(setup: Setup) -> Learner:
@@ -270,16 +286,6 @@ def _common(setup: Setup, *plugins: Any, model: nn.Module | None = None) -> dict
         "plugins": all_plugins,
         "evaluator": silent_evaluator(),
     }
-
-
-def _replay_what_there_is(setup: Setup, strategy: Any) -> Callable[[int], None]:
-    """ER-ACE and DER replay nothing at all while they hold fewer exemplars than a batch of them."""
-
-    def before(experience: int) -> None:
-        held = len(strategy.storage_policy.buffer)
-        strategy.batch_size_mem = min(setup.replay_batch, held) if held else setup.replay_batch
-
-    return before
 
 
 def _features(setup: Setup) -> Features:

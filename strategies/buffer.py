@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nnheads.data import ImageSet
-from nnheads.errors import ConfigError
+from nnheads.errors import ConfigError, DataError
 from nnheads.strategies.codec import ImageCodec, RawCodec, WebPCodec
 
 
@@ -161,12 +161,16 @@ class ExemplarBuffer:
             rows: (n,) int64 their positions there. One that is held already is left as it is.
             experience: the experience they come with, see `draw`.
             codes: all of ``data.images`` by `encode`, where the caller has them.
+
+        Raises:
+            DataError: a sample that is held already has another label now; nothing is changed then.
         """
         ids, first = np.unique(data.ids[rows].numpy(), return_index=True)
         held = self._count
-        fresh = ~np.isin(ids, self._ids[:held])
-        ids, first = ids[fresh], first[fresh]
         labels = data.labels[rows].numpy()[first]
+        fresh = ~np.isin(ids, self._ids[:held])
+        self._check_known(ids[~fresh], labels[~fresh])
+        ids, first, labels = ids[fresh], first[fresh], labels[fresh]
         self._seen.update(labels.tolist())
         priority = priorities(ids, self.seed)
         keep = self._chosen(
@@ -285,6 +289,18 @@ class ExemplarBuffer:
         self._count = count
         self.seed = int(values["seed"])
         self._seen = {int(label) for label in values["classes_seen"]}
+
+    def _check_known(self, ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
+        """DataError where samples that are held (n,) do not have these labels (n,)."""
+        if not len(ids):
+            return
+        order = self._ids[: self._count].argsort()
+        held = self._labels[order[np.searchsorted(self._ids[order], ids)]]
+        for i in np.flatnonzero(held != labels):
+            raise DataError(
+                f"id {ids[i]} is that of a sample of class {held[i]} already, and now of one of class {labels[i]}: ids "
+                "must not repeat over the experiences of a stream"
+            )
 
     @staticmethod
     def _chosen(

@@ -151,7 +151,9 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
             )
         if fresh and len(self.buffer):
             self._make_room(strategy, self.buffer.budget // classes)
-        known = None if self.rules.n_a is None else frozenset(fresh)
+        known = None
+        if self.rules.n_a is not None:
+            known = frozenset(data.labels.tolist()) - frozenset(self.buffer.labels.tolist())
         first = self.intake_first
         if isinstance(strategy, ReplayStrategy):
             strategy.intake = known

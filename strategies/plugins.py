@@ -69,6 +69,25 @@ class AveragedWeights(SupervisedPlugin):  # type: ignore[misc]
 
 
 @final
+class LastSamples(SupervisedPlugin):  # type: ignore[misc]
+    """Passes the last experience's data as often as comes near a number of samples.
+
+    Args:
+        samples: how many; None to leave the epochs as they are.
+        experiences: of the stream.
+    """
+
+    def __init__(self, samples: int | None, experiences: int) -> None:
+        super().__init__()
+        self.samples = samples
+        self.experiences = experiences
+
+    def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        if self.samples is not None and strategy.clock.train_exp_counter == self.experiences - 1:
+            strategy.train_epochs = max(1, round(self.samples / len(strategy.adapted_dataset)))
+
+
+@final
 class NoRestOfOne(SupervisedPlugin):  # type: ignore[misc]
     """Leaves out the last sample where it would be a batch of its own, on which batch normalisation cannot train."""
 

@@ -27,7 +27,7 @@ from nnheads.data import (
     materialize,
 )
 from nnheads.devices import Precision, autocast_for, prefers_channels_last
-from nnheads.errors import ConfigError
+from nnheads.errors import ConfigError, DataError
 from nnheads.headed import HeadedModel
 from nnheads.heads.base import Head
 from nnheads.heads.memory_head import MemoryHead
@@ -160,6 +160,15 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
     def make_train_dataloader(self, **kwargs: Any) -> None:
         """Images into memory, batches augmented and normalised as a whole."""
         self._data = data = materialize(self.adapted_dataset, self.buffer.class_names)
+        if data.tasks is None or len(data.ids.unique()) < len(data):
+            raise DataError(
+                "items of a benchmark must be (x, y, id), each sample with an id of its own: wrap the data of the "
+                "whole stream in nnheads.with_ids before it is split"
+            )
+        # Here, as the optimizer and the averaged weights take up what is new right after it.
+        most = int(data.labels.max()) + 1
+        if most > self.head.num_classes:
+            self.head.widen(most)
         self._offered = torch.zeros(len(data), dtype=torch.bool)
         # Seen as they are beside compressed exemplars, new images would be told from old ones by what compression does
         # to them, and at test every image would look new: one run fell from 56.8 to 49.8 % so, and rose to 61.8 with

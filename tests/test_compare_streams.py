@@ -514,9 +514,27 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(
     found = compare_streams(
         replace(comparison, extend_rates=True), tmp_path, progress=lambda what, done, total: told.append(what)
     )
-    assert told == ["naive+lr=0.3-s0 diverged, its rate is not chosen"]
+    assert told == ["naive+lr=0.3-s0 diverged"]
     assert found["learning_rates"] == {"naive": 0.1, "replay": 0.1}
     assert found["finished"] == 2
+
+
+def test_a_run_that_diverges_does_not_keep_others_from_being_made(
+    asked: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging(monkeypatch, lambda config: config.strategy == "impostor" and config.seed == 0)
+    comparison = plan("impostor", "naive", seeds=(0, 1))
+    with pytest.raises(DivergedError, match=r"impostor.*-s0: training diverged: give a lower lr"):
+        compare_streams(comparison, tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["finished"], summary["runs"]) == (3, 4)
+
+
+def test_no_rate_is_chosen_where_no_weights_are_trained(asked: list[RunConfig], tmp_path: Path) -> None:
+    comparison = replace(plan("slda", "naive", rates=(0.1, 0.3)), base=replace(BASE, validation=0.1))
+    found = compare_streams(comparison, tmp_path)
+    assert list(found["learning_rates"]) == ["naive"]
+    assert [config.strategy for config in asked].count("slda") == 1
 
 
 def test_a_row_that_diverges_at_every_rate_says_so(

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from nnheads.benchmarks.config import RunConfig
 from nnheads.benchmarks.specs import stream_spec
 from nnheads.benchmarks.streams import Stream, make_stream
-from nnheads.errors import ConfigError, UnknownNameError
+from nnheads.errors import ConfigError, DataError, UnknownNameError
 from nnheads.heads.memory_head import MemoryHead
 from nnheads.strategies import ImpostorOptions, strategy_spec
 from nnheads.strategies.learner import Setup
@@ -142,6 +142,65 @@ def test_fixed_numbers_of_centers_on_new_instances() -> None:
     update = [event for event in moving.history if event.moment == "update" and event.experience == 1]
     assert [(sum(e.dropped.values()), sum(e.added.values())) for e in update] == [(6, 6)]
     assert len(set(held(moving)) - first_ids) == 6
+
+
+def test_with_fixed_numbers_a_known_class_without_centers_gets_some() -> None:
+    from nnheads.strategies.center_data import record_of
+
+    learner = learner_of(small_stream(), n_a=3, n_d=3)
+    learn(learner, 0)
+    buffer = learner.buffer
+    known = sorted(set(buffer.labels.tolist()))
+    gone = buffer.ids[buffer.labels == known[0]]
+    buffer.exchange(gone, record_of(gone[:0], gone[:0]), gone[:0])
+    learn(learner, 0)
+    assert sorted(learner.history[-1].centers) == known
+
+
+def replay_of(stream: Stream, head: str = "nngk", classes: int = 10, **settings: Any) -> Any:
+    """A `ReplayStrategy` as a user makes it."""
+    from nnheads.attach import attach_head
+    from nnheads.backbones import build_backbone
+    from nnheads.strategies import ExemplarBuffer, ReplayStrategy
+
+    torch.manual_seed(0)
+    backbone = build_backbone("convnet", num_classes=classes, in_channels=1)
+    model = attach_head(backbone, head, preprocessing=stream.preprocessing)
+    return ReplayStrategy(model=model, buffer=ExemplarBuffer(40, (1, 8, 8)), learning_rate=0.05, **settings)
+
+
+def train(strategy: Any, benchmark: Any, experience: int) -> None:
+    with quiet_avalanche():
+        strategy.train(benchmark.train_stream[experience], eval_streams=[])
+
+
+@pytest.mark.parametrize("head", ["impostor", "nngk", "dense", "knn", "nca"])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_head_widens_as_classes_come(head: str, ema: float | None) -> None:
+    stream = small_stream(experiences=2)
+    strategy = replay_of(stream, head, classes=2, ema=ema)
+    for experience in range(2):
+        train(strategy, stream.benchmark, experience)
+    assert strategy.head.num_classes == 1 + max(stream.classes_seen(1))
+    trained = {id(p) for group in strategy.optimizer.param_groups for p in group["params"]}
+    assert all(id(p) in trained for p in strategy.model.parameters())
+
+
+def test_samples_need_ids_of_their_own() -> None:
+    stream = small_stream()
+
+    def with_ids(ids: torch.Tensor) -> Any:
+        return replace(stream, train=replace(stream.train, ids=ids)).benchmark
+
+    places = torch.arange(len(stream.train))
+    for benchmark in (stream.avalanche_benchmark(ids=False), with_ids(places // 2)):
+        with pytest.raises(DataError, match="each sample with an id of its own"):
+            train(replay_of(stream), benchmark, 0)
+    repeated = with_ids(places % len(stream.train_parts[0]))
+    strategy = replay_of(stream)
+    train(strategy, repeated, 0)
+    with pytest.raises(DataError, match="ids must not repeat over the experiences"):
+        train(strategy, repeated, 1)
 
 
 def test_fine_tuning_passes_are_counted_and_see_the_exemplars_only() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nnheads.benchmarks.config import RunConfig
 from nnheads.benchmarks.run_setup import build_learner, load_stream
+from nnheads.benchmarks.streams import Stream, make_stream
 from nnheads.data import Preprocessing
 from nnheads.errors import ConfigError
 from nnheads.strategies import list_strategies, strategy_spec
@@ -26,6 +27,26 @@ def learner(name: str, **settings: Any) -> Learner:
     config, spec = replace(QUICK, strategy=name, **settings), strategy_spec(name)
     stream, resolved = load_stream(config, spec, lambda *_: None)
     return build_learner(resolved, spec, stream, torch.device("cpu"), lambda _: None)
+
+
+def learner_on(stream: Stream, name: str, **settings: Any) -> Learner:
+    """The same on a stream of one's own, of images as the digits are."""
+    config, spec = replace(QUICK, strategy=name, **settings), strategy_spec(name)
+    _, resolved = load_stream(config, spec, lambda *_: None)
+    return build_learner(resolved, spec, stream, torch.device("cpu"), lambda _: None)
+
+
+def unequal() -> Stream:
+    """Two experiences of two classes with 3 and 13 images."""
+    whole = make_stream("split-digits", seed=0)
+    rows = [
+        torch.cat([part[whole.train.labels[part] == c][:many] for c, many in zip(classes, (3, 13), strict=True)])
+        for part, classes in ((whole.train_indices(e), whole.experiences[e]) for e in range(2))
+    ]
+    parts = (torch.arange(16), torch.arange(16, 32))
+    return replace(
+        whole, train=whole.train.subset(torch.cat(rows)), experiences=whole.experiences[:2], train_parts=parts
+    )
 
 
 def strategy_of(made: Learner) -> Any:
@@ -100,6 +121,25 @@ def test_gdumb_can_spend_its_samples_on_the_network_that_answers_at_the_end() ->
     assert roomy.exemplars == 287  # all there are
     assert roomy.gradient_samples - before == 3 * 287  # as near to 800 as whole passes come
     assert made.memory_parts() == {"exemplars": 20 * 64}
+
+
+@pytest.mark.parametrize("name", ["er-ace", "der", "avalanche-replay"])
+def test_a_memory_that_a_rare_class_leaves_half_empty_is_replayed(name: str) -> None:
+    made = learner_on(unequal(), name, memory=20, replay_batch=32)
+    made.learn(0)
+    first = made.gradient_samples
+    made.learn(1)
+    # one batch of new samples, with old ones beside it: of a class of 3 and another, 5 to 10 each
+    assert made.gradient_samples - first > 16
+
+
+def test_gdumb_counts_what_it_holds() -> None:
+    made = learner_on(unequal(), "gdumb", memory=20, strategy_options={"last_samples": 500})
+    made.learn(0)
+    before = made.gradient_samples
+    made.learn(1)
+    assert made.exemplars < 20
+    assert made.gradient_samples - before == pytest.approx(500, abs=20)
 
 
 @pytest.mark.parametrize("name", ["er-ace", "der", "avalanche-replay"])
