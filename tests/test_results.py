@@ -16,6 +16,7 @@ SEEDS = (0, 1, 2)
 CONTESTS = [
     ("#### The bytes of 1,000 images", "contest-split-cifar10", "-m1000"),
     ("#### Avalanche's rows with averaged weights and small exemplars", "contest-split-cifar10/variants", "-m1000"),
+    ("#### Fine-tuning at equal gradient samples", "contest-split-cifar10/fine-tuning", "-m1000"),
     ("#### The bytes of 200 images", "contest-split-cifar10", "-m200"),
     ("#### Split CIFAR-100", "contest-split-cifar100", "-m2000"),
 ]
