@@ -44,7 +44,8 @@ def attach_head(
         head: name of a head (see ``nnheads.list_heads``), or a head.
         layer: dotted name of the classifier layer. By default what timm records for its models, else the last
             ``nn.Linear``, else the last 1x1 convolution. Whether that is the classifier is checked on the
-            first forward.
+            first forward. Where it is applied at several positions (tokens, pixels), embeddings are pooled over them
+            as the model pools its answers: by their average, or by taking the last, the largest and the like.
         at: for the head ``"biased"``: dotted name of the module behind which the backbone is cut in two, so that what
             comes after runs only for the samples that need it. With ``projector="aux"`` the place of torchvision's
             auxiliary classifier by default.

@@ -7,6 +7,7 @@ tensor alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, final
@@ -43,17 +44,24 @@ class ClassifierTap(nn.Module):
 
     A linear layer takes its features from the last dimension, a convolution from dimension 1; all other
     dimensions but the first are averaged. What is passed on has the input's shape and holds that average
-    everywhere, so any pooling behind the classifier returns the embedding unchanged; it is a copy, so an
+    everywhere, so averaging behind the classifier returns the embedding unchanged; it is a copy, so an
     activation that works in place behind the classifier cannot alter the embedding.
 
     Attributes:
         seen: the embedding (B, d) of the last forward, None before it and once it was taken.
+        marking: whether what is passed on differs from position to position, with the same average and signs, so that
+            the output shows how the model pools.
+        marked: whether there was more than one position then.
+        plain: whether the input is passed on as it is, where the model does not average over positions.
     """
 
     def __init__(self, channel_dim: int) -> None:
         super().__init__()
         self.channel_dim = channel_dim
         self.seen: Tensor | None = None
+        self.marking = False
+        self.marked = False
+        self.plain = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Keeps (B, d), averaged over positions where there are any; returns the shape of ``x``."""
@@ -64,7 +72,10 @@ class ClassifierTap(nn.Module):
         positions = [dim for dim in range(1, x.ndim) if dim != last]
         mean = x.mean(positions, keepdim=True)
         self.seen = mean.flatten(1)
-        return mean.expand_as(x).clone()
+        if self.marking:
+            self.marked = x[0].numel() > mean[0].numel()
+            return mean * _marks(x, positions)
+        return x.clone() if self.plain else mean.expand_as(x).clone()
 
     def take(self) -> Tensor | None:
         """The embedding of the last forward, which is then forgotten, so that its graph is not kept alive."""
@@ -74,6 +85,18 @@ class ClassifierTap(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A tensor with a graph behind it can be neither copied nor pickled.
         return {**self.__dict__, "seen": None}
+
+
+def _marks(x: Tensor, positions: list[int]) -> Tensor:
+    """Factors for the positions of ``x``, other ones for each feature, between 0.5 and 1.5 and 1 on average."""
+    shape = [x.shape[dim] if dim in positions else 1 for dim in range(x.ndim)]
+    [features] = [dim for dim in range(1, x.ndim) if dim not in positions]
+    places = torch.arange(math.prod(shape), device=x.device, dtype=torch.float64).reshape(shape)
+    each = torch.arange(x.shape[features], device=x.device, dtype=torch.float64)
+    each = each.reshape([-1 if dim == features else 1 for dim in range(x.ndim)])
+    # Multiples of the golden ratio modulo 1 are spread evenly, in no order that a model could pool by.
+    spread = ((places * len(each.flatten()) + each) * 0.6180339887498949) % 1
+    return (1 + (spread - spread.mean(positions, keepdim=True)) / 2).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -167,6 +190,28 @@ def describe_candidates(model: nn.Module, most: int = 6) -> str:
     return f"candidates for layer=: {', '.join(names[:most]) or 'none'}{more}"
 
 
+def logits_of(output: object) -> Tensor | None:
+    """The tensor that a model's output is, begins with or has as its ``logits``; None where there is none."""
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def output_is_pooled(output: object, mean: Tensor) -> bool:
+    """Whether a model's output (B, d) is pooled from positions that were marked, of which (B, d) is the average.
+
+    So it is where a model classifies every token and then takes the last one, or the average of those that are no
+    padding, or the largest: between the least and the largest of the marks.
+    """
+    out = logits_of(output)
+    if out is None or out.shape != mean.shape or not out.is_floating_point():
+        return False
+    out, mean = out.detach().float(), mean.detach().float()
+    return bool(((out - mean).abs() <= mean.abs() / 2 + 1e-2 * _largest(mean)).all())
+
+
 def output_follows(output: object, seen: Sequence[Tensor]) -> bool:
     """Whether a model's output follows from what its taps saw, with no other layer in between.
 
@@ -181,16 +226,15 @@ def output_follows(output: object, seen: Sequence[Tensor]) -> bool:
     """
     if isinstance(output, Mapping):  # transformers.ModelOutput is one
         output = output.get("logits")
-    if isinstance(output, tuple | list) and output:
-        if len(seen) > 1 and len(output) == len(seen):
-            return all(output_follows(item, [z]) for item, z in zip(output, seen, strict=True))
-        output = output[0]
-    if not isinstance(output, Tensor):
+    if isinstance(output, tuple | list) and len(seen) > 1 and len(output) == len(seen):
+        return all(output_follows(item, [z]) for item, z in zip(output, seen, strict=True))
+    output = logits_of(output)
+    if output is None:
         return False
     z = torch.stack(tuple(seen)).mean(0).detach()
     out = output.detach()
     if out.ndim > 2:
-        # (B, d, h, w), or (B, h, w, d): the tap made all positions equal.
+        # (B, d, h, w), or (B, h, w, d): their average is that of what the tap passed on.
         dim = 1 if out.shape[1] == z.shape[1] else -1
         out = out.movedim(dim, 1).flatten(2).mean(2)
     if out.shape != z.shape or not out.is_floating_point():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from nnheads.classifier_layer import Replaced, describe_candidates, output_follows
+from nnheads.classifier_layer import Replaced, describe_candidates, logits_of, output_follows, output_is_pooled
 from nnheads.errors import AttachError, ConfigError, ShapeError
 from nnheads.heads import BiasedHead, Gated, Head
 
@@ -39,6 +39,9 @@ class OpenedModel(nn.Module):
         # In training a model may return other things than in evaluation: each mode is checked once.
         self._checked_training = False
         self._checked_evaluation = False
+        # Whether the model pools over positions behind its classifier other than by their average, as by taking the
+        # last: its output is the embedding then.
+        self._pools = False
         # Inside a tuple, what runs in the backbone's stead is no child of this module.
         self._run_by: tuple[Callable[[Tensor], Any], ...] = ()
 
@@ -139,13 +142,18 @@ class OpenedModel(nn.Module):
         """What enters the replaced classifier, by running the whole backbone."""
         replaced = self.attached()
         checked = self._checked_training if self.backbone.training else self._checked_evaluation
+        for entry in replaced:
+            entry.tap.marking = not checked
         try:
-            output = self._run_by[0](x) if self._run_by else self.backbone(x)
+            output = self._run(x)
         except (RuntimeError, AttributeError, ValueError, TypeError) as error:
             reached = [entry.tap.take() is not None for entry in replaced]
             if checked or not any(reached) or isinstance(error, torch.OutOfMemoryError | ConfigError):
                 raise
             raise AttachError(self._not_the_classifier(f"the model fails behind it ({_first_line(error)})")) from error
+        finally:
+            for entry in replaced:
+                entry.tap.marking = False
         seen = [entry.tap.take() for entry in replaced]
         embeddings = [z for z in seen if z is not None]
         if len(embeddings) < len(seen):
@@ -160,7 +168,16 @@ class OpenedModel(nn.Module):
             # As a decorator it would load torch's compiler, a second, for those who compile nothing.
             check = torch.compiler.disable(self._check) if torch.compiler.is_compiling() else self._check
             check(output, embeddings)
+            if self._pools:  # what was passed on was marked
+                output = self._run(x)
+        if self._pools:
+            pooled = logits_of(output)
+            assert pooled is not None
+            return pooled
         return embeddings[0] if len(embeddings) == 1 else torch.stack(embeddings).mean(0)
+
+    def _run(self, x: Tensor) -> Any:
+        return self._run_by[0](x) if self._run_by else self.backbone(x)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         # to(), cuda(), half() and the like: the classifier follows the backbone, and parts of it hold new tensors.
@@ -188,8 +205,12 @@ class OpenedModel(nn.Module):
         """That the output follows from the embeddings; decided by values, so only on a batch with any."""
         if not embeddings[0].numel():
             return
+        [tap, *others] = [entry.tap for entry in self._replaced]
+        marked, tap.marked = tap.marked, False
         if not output_follows(output, embeddings):
-            raise AttachError(self._not_the_classifier("the model's output does not follow from it alone"))
+            if others or not marked or not output_is_pooled(output, embeddings[0]):
+                raise AttachError(self._not_the_classifier("the model's output does not follow from it alone"))
+            self._pools = tap.plain = True
         if self.backbone.training:
             self._checked_training = True
         else:

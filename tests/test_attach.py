@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,48 @@ def test_a_convolution_as_classifier_is_pooled() -> None:
     headed = attach_head(model, "dense")
     torch.testing.assert_close(headed.features(x), body(x).mean((2, 3)))
     assert headed.layer == "1"
+
+
+class Tokens(nn.Module):
+    """Classifies every token and pools what comes out."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+        self.out = nn.Linear(8, 3)
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.out(self.body(x)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda z: z[:, -1],
+        lambda z: z[:, 0],
+        lambda z: z[torch.arange(len(z)), torch.arange(len(z)) % 5],
+        lambda z: z[:, :3].mean(1),
+        lambda z: z.amax(1),
+        lambda z: z.mean(1),
+    ],
+    ids=["last", "first", "one each", "mean of some", "max", "mean"],
+)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_model_that_classifies_tokens_pools_their_embeddings_as_its_answers(
+    pool: Callable[[Tensor], Tensor], batch: int, training: bool
+) -> None:
+    torch.manual_seed(0)
+    model, x = Tokens(pool), torch.randn(batch, 5, 6)
+    expected = pool(model.body(x))
+    headed = attach_head(model, "dense").train(training)
+    for _ in range(2):
+        torch.testing.assert_close(headed.features(x), expected)
+    again = copy.deepcopy(headed)
+    torch.testing.assert_close(again.features(x), expected)
+    headed.features(x).sum().backward()
+    assert model.body[0].weight.grad is not None
 
 
 @pytest.mark.parametrize("last", [nn.Linear(6, 6), nn.BatchNorm1d(6)])
