@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -310,4 +311,5 @@ def _strategies(plan: StreamComparison, folder: Path, resume: bool, only: list[s
 
 def _kept(done: int, total: int, folder: Path, begun: Sequence[str] = ()) -> str:
     parts = [f"{done} of {total} configurations"] * (done > 0) + list(begun)
-    return f"{', '.join(parts)} in {folder}; go on with --resume --out {folder}" if parts else "nothing"
+    again = shlex.quote(str(folder))
+    return f"{', '.join(parts)} in {folder}; go on with --resume --out {again}" if parts else "nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ def add(
         screen.print_json({"checkpoint": str(folder), "label": label, "ids": ids})
         return
     screen.line(f"added {_count(len(ids), 'image')} of {label!r} to {folder}, {_ids(ids)}")
-    screen.line(f"undo with: nnheads forget {checkpoint} {' '.join(map(str, ids))}")
+    screen.line(f"undo with: nnheads forget {shlex.quote(str(checkpoint))} {' '.join(map(str, ids))}")
 
 
 def forget(

@@ -49,7 +49,7 @@ def _shuffles(loader: Iterable[Any]) -> bool:
 
 
 def as_labels(
-    y: Tensor | Sequence[str], names: Sequence[str] | None, num_classes: int
+    y: Tensor | Sequence[str] | Sequence[int], names: Sequence[str] | None, num_classes: int
 ) -> tuple[Tensor, tuple[str, ...] | None]:
     """Labels from names of classes, and the names of all classes then; tensors are given back as they are.
 
@@ -65,11 +65,15 @@ def as_labels(
         return y, None if names is None else tuple(names)
     if isinstance(y, str):
         raise DataError(f"classes must be given one a sample: [{y!r}, ...], not {y!r}")
+    if len(y) and all(isinstance(label, int) and not isinstance(label, bool) for label in y):
+        return torch.tensor(y, dtype=torch.int64), None if names is None else tuple(names)
     known = list(names or ())
     known += [str(label) for label in range(len(known), num_classes)]
+    found = []
     for name in y:
         if not isinstance(name, str):
-            raise DataError(f"classes must be given by name or as a tensor of labels, not as {type(name).__name__}")
+            raise DataError(f"classes must be given all by name or all by number, not as {type(name).__name__}")
         if name not in known:
             known.append(name)
-    return torch.tensor([known.index(name) for name in y], dtype=torch.int64), tuple(known)
+        found.append(known.index(name))
+    return torch.tensor(found, dtype=torch.int64), tuple(known)

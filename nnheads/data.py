@@ -74,6 +74,10 @@ class ImageSet(Dataset[Sample]):
     class_names: tuple[str, ...] = ()
     tasks: Tensor | None = None
 
+    def __repr__(self) -> str:
+        shape = " x ".join(str(size) for size in self.images.shape[1:])
+        return f"ImageSet({len(self.labels)} images of {shape}, {len(self.class_names)} classes)"
+
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
             raise ShapeError(

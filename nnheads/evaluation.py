@@ -14,7 +14,7 @@ from torch import Tensor
 from nnheads.compiling import compiling
 from nnheads.devices import Precision, autocast_for, prefers_channels_last, resolve_device
 from nnheads.errors import DataError
-from nnheads.headed import HeadedModel
+from nnheads.headed import HeadedModel, check_headed
 from nnheads.loaders import Batches, Data, Target, ordered_batches
 
 
@@ -31,6 +31,9 @@ class Evaluation:
     log_probs: Tensor
     labels: Tensor
     seconds: float
+
+    def __repr__(self) -> str:
+        return f"Evaluation({len(self.labels)} samples, accuracy {self.accuracy:.4f}, {self.seconds:.1f} s)"
 
     @property
     def predictions(self) -> Tensor:
@@ -93,6 +96,7 @@ def evaluate(
     def answer(x: Tensor, ids: Tensor) -> Tensor:
         return model(x, ids=ids if leave_one_out else None)  # type: ignore[no-any-return]
 
+    check_headed("evaluate", model)
     with compiling(model, compile):
         log_probs, labels, _ = _over(model, data, answer, batch_size, device, precision)
     return Evaluation(log_probs, labels, time.perf_counter() - started)
@@ -127,6 +131,7 @@ def embed(
     def features(x: Tensor, ids: Tensor) -> Tensor:
         return model.features(x)
 
+    check_headed("embed", model)
     with compiling(model, compile):
         return _over(model, data, features, batch_size, device, precision)
 

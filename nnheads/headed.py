@@ -93,7 +93,9 @@ class HeadedModel(OpenedModel):
             return head.explain(self.features(x.to(self.device)), k=k)
 
     @torch.no_grad()
-    def add(self, x: Tensor, y: Tensor | Sequence[str], ids: Tensor | None = None) -> Tensor:
+    def add(
+        self, x: Tensor, y: Tensor | Sequence[str] | Sequence[int], ids: Tensor | Sequence[int] | None = None
+    ) -> Tensor:
         """Learns samples at once, without training: embeds them, in evaluation mode, and stores them in the head.
 
         For embeddings there is ``model.head.add``. Classes that were never seen widen the head.
@@ -102,7 +104,8 @@ class HeadedModel(OpenedModel):
             x: images (n, C, H, W), uint8, which ``preprocessing`` prepares and thumbnails are made of where the model
                 has any; or a batch as the backbone takes it.
             y: (n,) int64 labels, (n, C) soft labels, or names of classes: one that is new gets the next label.
-            ids: (n,) int64 ids, which replace samples stored under them; new ones by default.
+                Parameters of a head that widens are new ones, which an optimizer that was made before does not know.
+            ids: (n,) ids, a tensor or a list, which replace samples stored under them; new ones by default.
 
         Returns:
             (n,) the ids.
@@ -113,12 +116,13 @@ class HeadedModel(OpenedModel):
         """
         head = self._memory_head("to add to")
         labels, names = as_labels(y, self.class_names, head.num_classes)
+        known = None if ids is None else sample_ids(ids)
         prepare = self.preprocessing if x.dtype == torch.uint8 else nn.Identity()
         if prepare is None:
             raise ConfigError("this model does not say how images are prepared: set model.preprocessing")
         with evaluating(self):
             z = torch.cat([self.features(prepare(part).to(self.device)) for part in x.split(256)])
-            held = head.add(z, labels.to(self.device), None if ids is None else ids.to(self.device))
+            held = head.add(z, labels.to(self.device), None if known is None else known.to(self.device))
         self.class_names = names
         if self.thumbnails is not None:
             self.thumbnails.drop(held.tolist())
@@ -191,6 +195,14 @@ class HeadedModel(OpenedModel):
                 raise
             self.head.refreshed()
         return self
+
+
+def check_headed(function: str, model: object) -> None:
+    """ConfigError unless a function of the library was given a headed model."""
+    if not isinstance(model, HeadedModel):
+        raise ConfigError(
+            f"{function} takes what attach_head returns, not {type(model).__name__}: model = attach_head(backbone)"
+        )
 
 
 @contextmanager

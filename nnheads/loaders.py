@@ -160,6 +160,8 @@ def ordered_batches(data: Data, target: Target, *, batch_size: int = 512, most: 
         batch_size: of what is not a loader already.
         most: at most about so many samples, drawn at random.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch size must be at least 1, not {batch_size}")
     if isinstance(data, BatchLoader):
         target = replace(target, preprocessing=data.preprocessing)
         data = data.data

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from nnheads.data import ImageSet
 from nnheads.devices import Precision, resolve_device
 from nnheads.errors import ConfigError, DataError
 from nnheads.evaluation import Evaluation, embed, evaluate
-from nnheads.headed import HeadedModel
+from nnheads.headed import HeadedModel, check_headed
 from nnheads.heads import BiasedHead
 from nnheads.interrupt import InterruptFlag
 from nnheads.io import save
@@ -98,7 +99,8 @@ def fit(
             training has them; an empty memory gets 4,096 samples) and the checkpoint written. A second Ctrl-C ends at
             once. Only the main thread can be interrupted so.
     """
-    _check_options(epochs, lr, weight_decay, optimizer, schedule, refresh, ema)
+    check_headed("fit", model)
+    _check_options(epochs, batch_size, lr, weight_decay, optimizer, schedule, refresh, ema)
     distributed.join()
     if not distributed.is_main():
         progress = False
@@ -234,6 +236,7 @@ def _save_once(model: HeadedModel, checkpoint: str | Path) -> None:
 
 def _check_options(
     epochs: int,
+    batch_size: int,
     lr: float,
     weight_decay: float,
     optimizer: str,
@@ -247,16 +250,25 @@ def _check_options(
     ):
         if value not in allowed:
             raise ConfigError(f"fit: {name} must be one of {', '.join(allowed)}, got {value!r}")
-    if epochs < 0:
-        raise ConfigError(f"fit: epochs must be 0 or more, got {epochs}")
-    if not (lr > 0 and math.isfinite(lr)):
-        raise ConfigError(f"fit: lr must be above 0, got {lr}")
-    if weight_decay < 0:
-        raise ConfigError(f"fit: weight_decay must be 0 or more, got {weight_decay}")
-    if refresh != "auto" and (not isinstance(refresh, int) or refresh < 0):
+    for name, count, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1)):
+        if not _is_whole(count) or count < least:
+            raise ConfigError(f"fit: {name} must be a whole number, {least} or more, got {count!r}")
+    if not _is_number(lr) or lr <= 0:
+        raise ConfigError(f"fit: lr must be a number above 0, got {lr!r}")
+    if not _is_number(weight_decay) or weight_decay < 0:
+        raise ConfigError(f"fit: weight_decay must be a number, 0 or more, got {weight_decay!r}")
+    if refresh != "auto" and (not _is_whole(refresh) or int(refresh) < 0):
         raise ConfigError(f"fit: refresh must be 'auto' or a number of epochs, got {refresh!r}")
-    if ema is not None and not 0 < ema < 1:
-        raise ConfigError(f"fit: ema must be between 0 and 1, got {ema}")
+    if ema is not None and (not _is_number(ema) or not 0 < ema < 1):
+        raise ConfigError(f"fit: ema must be a number between 0 and 1, got {ema!r}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _describe(model: HeadedModel, data: ImageSet) -> None:

@@ -132,6 +132,15 @@ def test_nothing_of_a_forgotten_sample_is_left_in_the_saved_head(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_labels_and_ids_may_be_lists(digits: ImageData, eights: nnheads.HeadedModel, tmp_path: Path) -> None:
+    model = nnheads.load(nnheads.save(eights, tmp_path / "model"))
+    assert model.add(digits.train.images[:2], [0, 9], ids=[7001, 7002]).tolist() == [7001, 7002]
+    rows = model.head.memory.rows_of(torch.tensor([7001, 7002]))
+    assert model.head.memory.labels[rows].tolist() == [0, 9]
+    with pytest.raises(DataError, match="all by name or all by number, not as int"):
+        model.add(digits.train.images[:2], ["zero", 1])
+
+
 def test_mistakes_change_nothing(digits: ImageData, eights: nnheads.HeadedModel, tmp_path: Path) -> None:
     folder = nnheads.save(eights, tmp_path / "model")
     before = _bytes(folder)
@@ -281,7 +290,7 @@ def test_add_predict_and_forget_on_a_checkpoint(
         Image.fromarray(pixels[0].numpy()).save(tmp_path / name)
         return tmp_path / name
 
-    folder = nnheads.save(eights, tmp_path / "run" / "model")
+    folder = nnheads.save(eights, tmp_path / "my run" / "model")
     nines = digits.train.images[digits.train.labels == 9]
     files = [image(nines[i], f"nine{i}.png") for i in range(20)]
     query = image(digits.test.images[digits.test.labels == 9][0], "query.png")
@@ -290,7 +299,7 @@ def test_add_predict_and_forget_on_a_checkpoint(
     code, out, _ = run("add", folder.parent, *files, "--label", "nine")
     assert code == 0
     assert f"added 20 images of 'nine' to {folder}, ids {first} to {first + 19}" in out
-    assert f"undo with: nnheads forget {folder.parent} {first} {first + 1}" in out
+    assert f"undo with: nnheads forget '{folder.parent}' {first} {first + 1}" in out
     assert "query.png: nine" in run("predict", folder, query)[1]
     assert len(nnheads.load(folder).thumbnails or ()) == 20
     before = _bytes(folder)

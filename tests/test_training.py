@@ -438,7 +438,12 @@ def test_nan_in_the_input_is_named_as_such() -> None:
     ("options", "reason"),
     [
         ({"epochs": -1}, "epochs"),
+        ({"epochs": 1.5}, "epochs must be a whole number"),
+        ({"batch_size": 0}, "batch_size must be a whole number, 1 or more"),
         ({"lr": 0}, "lr"),
+        ({"lr": "0.1"}, "lr must be a number"),
+        ({"weight_decay": math.nan}, "weight_decay must be a number"),
+        ({"refresh": True}, "refresh"),
         ({"optimizer": "adam"}, "sgd, adamw"),
         ({"schedule": "cosine"}, "onecycle, constant"),
         ({"refresh": "often"}, "refresh"),
@@ -452,6 +457,15 @@ def test_nan_in_the_input_is_named_as_such() -> None:
 def test_options_that_cannot_work(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         quick(model_for("dense"), points(), **options)
+
+
+def test_what_is_no_headed_model_or_no_batch() -> None:
+    for call in (fit, evaluate, embed):
+        with pytest.raises(ConfigError, match=f"{call.__name__} takes what attach_head returns, not Sequential"):
+            call(_plain_network(), image_set())  # type: ignore[operator]
+    for data in (points(), image_set()):
+        with pytest.raises(ConfigError, match="batch size must be at least 1"):
+            evaluate(image_model("dense"), data, batch_size=0, device="cpu")
 
 
 def test_labels_outside_the_classes() -> None:
