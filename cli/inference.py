@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nnheads.data import ImageSet, Preprocessing
     from nnheads.headed import HeadedModel
 
-UNLIKE = "unlike the training samples: farther from them than nearly all held-out images were"
+UNLIKE = "unlike the training samples: the 50th nearest is farther than of nearly all held-out images"
 """What is said of an image beyond the limit that ``calibrate`` chose."""
 
 BATCH = 64

@@ -82,6 +82,8 @@ class Batches:
             x = x.to(target.device, non_blocking=True)
             if x.dtype == torch.uint8:
                 x = self._prepare(x)
+            elif self.augment is not None:
+                raise ConfigError(f"augment= is for uint8 images, not {x.dtype}: augment others in the data set")
             elif x.is_floating_point():
                 x = x.to(target.dtype)
             if target.channels_last and x.dim() == 4:

@@ -468,6 +468,11 @@ def test_what_is_no_headed_model_or_no_batch() -> None:
             evaluate(image_model("dense"), data, batch_size=0, device="cpu")
 
 
+def test_what_cannot_be_augmented_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"augment= is for uint8 images, not torch\.float32"):
+        quick(model_for("dense"), points(), augment="crop")
+
+
 def test_labels_outside_the_classes() -> None:
     x, y = blobs()
     with pytest.raises(ShapeError, match="label 9 is outside the head's classes 0 to 3"):
