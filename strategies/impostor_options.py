@@ -72,7 +72,14 @@ class ImpostorOptions:
             raise ConfigError("fine_tune passes over the exemplars' images: leave exemplars=true")
         if self.fine_tune and self.drift == "frozen":
             raise ConfigError("drift='frozen' trains nothing after the first experience: leave fine_tune out")
-        self.rules()
+        exchanges = self.rules().exchanges
+        for name, used, by in (
+            ("drift_weight", self.drift == "distill", "drift='distill'"),
+            ("ridge", self.redistribute == "least-squares", "redistribute='least-squares'"),
+            ("rounds", exchanges or self.drop == "best", "a choice of centers: choose='worst', drop='best' or n_a=N"),
+        ):
+            if not used and getattr(self, name) != getattr(ImpostorOptions, name):
+                raise ConfigError(f"{name} does nothing without {by}")
 
     @property
     def fine_tune_epochs(self) -> int:

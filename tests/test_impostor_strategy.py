@@ -81,7 +81,7 @@ def held(learner: Any) -> list[int]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"redistribute": "exact", "rounds": 2},
+        {"redistribute": "exact", "choose": "worst", "rounds": 2},
         {"choose": "mixed:0.5", "ema": 0.9},
         {"fine_tune": 1},
         {"views": 2},
@@ -294,7 +294,7 @@ def test_distillation_holds_the_embeddings_where_they_were() -> None:
 
 def test_an_interrupted_run_goes_on_as_if_it_were_not() -> None:
     stream = small_stream()
-    options: dict[str, Any] = {"ema": 0.9, "fine_tune": 1, "rounds": 2, "views": 2}
+    options: dict[str, Any] = {"ema": 0.9, "fine_tune": 1, "choose": "worst", "rounds": 2, "views": 2}
     whole = learner_of(stream, **options)
     learn(whole, 0, 1)
     tensors, values = whole.state()
@@ -350,6 +350,9 @@ def test_mistakes_in_the_options() -> None:
     for options, message in (
         ({"chose": "worst"}, "unknown option of strategy 'impostor' 'chose'.*did you mean 'choose'"),
         ({"choose": "best"}, "choose must be one of"),
+        ({"ridge": 0.1}, "ridge does nothing without redistribute='least-squares'"),
+        ({"drift_weight": 0.1, "drift": "free"}, "drift_weight does nothing without drift='distill'"),
+        ({"rounds": 2}, "rounds does nothing without a choice of centers"),
         ({"views": 3}, "views must be 1 or 2, not 3"),
         ({"fine_tune": -1}, "fine_tune must be a number, 0 or more"),
         ({"exemplars": "no"}, "exemplars must be true or false"),
