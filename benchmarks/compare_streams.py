@@ -119,8 +119,8 @@ def compare_streams(
         "rates": {name: list(tried[name]) for name in chosen},
     }
     write_json(out / SUMMARY, summary)
-    for name, error in diverged.items():
-        raise DivergedError(f"{name}: {error}")
+    if diverged:
+        raise DivergedError("; ".join(f"{name}: {error}" for name, error in diverged.items()))
     return summary
 
 

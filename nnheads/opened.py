@@ -170,6 +170,8 @@ class OpenedModel(nn.Module):
             check(output, embeddings)
             if self._pools:  # what was passed on was marked
                 output = self._run(x)
+                for entry in replaced:
+                    entry.tap.take()
         if self._pools:
             pooled = logits_of(output)
             assert pooled is not None

@@ -296,7 +296,9 @@ class ExemplarBuffer:
             return
         order = self._ids[: self._count].argsort()
         held = self._labels[order[np.searchsorted(self._ids[order], ids)]]
-        for i in np.flatnonzero(held != labels):
+        wrong = np.flatnonzero(held != labels)
+        if len(wrong):
+            i = wrong[0]
             raise DataError(
                 f"id {ids[i]} is that of a sample of class {held[i]} already, and now of one of class {labels[i]}: ids "
                 "must not repeat over the experiences of a stream"

@@ -147,7 +147,7 @@ def test_fixed_numbers_of_centers_on_new_instances() -> None:
 def test_with_fixed_numbers_a_known_class_without_centers_gets_some() -> None:
     from nnheads.strategies.center_data import record_of
 
-    learner = learner_of(small_stream(), n_a=3, n_d=3)
+    learner = learner_of(small_stream(), n_a=0, n_d=0)
     learn(learner, 0)
     buffer = learner.buffer
     known = sorted(set(buffer.labels.tolist()))

@@ -37,13 +37,15 @@ def learner_on(stream: Stream, name: str, **settings: Any) -> Learner:
 
 
 def unequal() -> Stream:
-    """Two experiences of two classes with 3 and 13 images."""
+    """Two experiences of two classes; one class of the second is rare, and a memory of 20 not full any more."""
     whole = make_stream("split-digits", seed=0)
     rows = [
-        torch.cat([part[whole.train.labels[part] == c][:many] for c, many in zip(classes, (3, 13), strict=True)])
-        for part, classes in ((whole.train_indices(e), whole.experiences[e]) for e in range(2))
+        torch.cat([part[whole.train.labels[part] == c][:many] for c, many in zip(classes, counts, strict=True)])
+        for part, classes, counts in (
+            (whole.train_indices(e), whole.experiences[e], counts) for e, counts in enumerate(((13, 13), (3, 13)))
+        )
     ]
-    parts = (torch.arange(16), torch.arange(16, 32))
+    parts = (torch.arange(26), torch.arange(26, 42))
     return replace(
         whole, train=whole.train.subset(torch.cat(rows)), experiences=whole.experiences[:2], train_parts=parts
     )
@@ -129,7 +131,7 @@ def test_a_memory_that_a_rare_class_leaves_half_empty_is_replayed(name: str) -> 
     made.learn(0)
     first = made.gradient_samples
     made.learn(1)
-    # one batch of new samples, with old ones beside it: of a class of 3 and another, 5 to 10 each
+    # one batch of new samples, and old ones beside it
     assert made.gradient_samples - first > 16
 
 
