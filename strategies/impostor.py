@@ -86,6 +86,7 @@ class ImpostorContinual(ReplayStrategy):
             model=model,
             buffer=buffer,
             views=options.views,
+            replay_dropped=options.replay_dropped,
             train_epochs=train_epochs + options.fine_tune_epochs,
             plugins=[*own, *(plugins or [])],
             **settings,

@@ -29,6 +29,8 @@ class ImpostorOptions:
             drawn at random. Gradient samples all the same.
         views: 2 for a second view of each image in a batch, changed as SCR's are
             (`nnheads.strategies.views.ContrastiveViews`); gradient samples too.
+        replay_dropped: whether exemplars that make room for an experience's own are replayed until its end, see
+            `nnheads.strategies.replay.ReplayStrategy`.
         exemplars: whether the centers' images are kept and replayed. Without them a center stays where the backbone put
             it when its experience was learned.
         drift: what is done about that: ``"free"``: nothing; ``"frozen"``: the backbone learns the first experience
@@ -48,13 +50,14 @@ class ImpostorOptions:
     balanced: bool = True
     fine_tune: float = 0
     views: int = 1
+    replay_dropped: bool = False
     exemplars: bool = True
     drift: Literal["free", "frozen", "distill"] = "free"
     drift_weight: float = 1.0
     budget_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("balanced", "exemplars"):
+        for name in ("balanced", "exemplars", "replay_dropped"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         for name in ("drift_weight", "ridge", "fine_tune"):
@@ -68,6 +71,8 @@ class ImpostorOptions:
             raise ConfigError(f"views must be 1 or 2, not {self.views!r}")
         if self.drift not in DRIFTS:
             raise ConfigError(f"drift must be one of {', '.join(DRIFTS)}, not {self.drift!r}")
+        if self.replay_dropped and not self.exemplars:
+            raise ConfigError("replay_dropped replays exemplars' images: leave exemplars=true")
         if self.fine_tune and not self.exemplars:
             raise ConfigError("fine_tune passes over the exemplars' images: leave exemplars=true")
         if self.fine_tune and self.drift == "frozen":

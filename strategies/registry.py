@@ -156,6 +156,7 @@ STRATEGIES: dict[str, StrategySpec] = {
             "class-balanced exemplars, replayed beside the new samples and the head's memory at test; any head",
             classifier="any",
             default_head="impostor",
+            options="nnheads.strategies.replay_options:ReplayOptions",
         ),
         StrategySpec(
             "impostor",

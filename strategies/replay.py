@@ -63,6 +63,9 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         precision: see `nnheads.training.autocast_for`.
         views: 2 for a second view of each image in a batch, see `nnheads.strategies.views.ContrastiveViews`, which is a
             gradient sample too; 1 for the batch as it is.
+        replay_dropped: whether exemplars that make room for an experience's own are replayed until its end, as
+            Avalanche's Replay does, which makes room only then. Their centers leave at once, and what is kept between
+            experiences is the same; during one a copy of the exemplars is held.
         ema: decay of an average of the weights over the steps of an experience, which takes their place at its end, so
             that it answers and the next experience goes on from it: between experiences there is one set of weights.
             None for none.
@@ -88,6 +91,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         seed: int = 0,
         precision: Precision = "auto",
         views: int = 1,
+        replay_dropped: bool = False,
         ema: float | None = None,
         train_mb_size: int = 32,
         train_epochs: int = 1,
@@ -130,6 +134,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         self.replay_batch = train_mb_size if replay_batch is None else replay_batch
         self.seed = seed
         self.precision = precision
+        self.replay_dropped = replay_dropped
         self.second_view = ContrastiveViews(preprocessing, self.augment is crop_flip) if views == 2 else None
         self.intake: frozenset[int] | None = None
         self.further_loss: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -188,7 +193,9 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         )
         loader.set_epoch(self.epochs_done)
         self.experience_number = max(self.clock.train_exp_counter, self.buffer.experiences)
-        self.dataloader = ReplayLoader(loader, self.buffer, self.replay_batch, self.experience_number, self.augment)
+        self.dataloader = ReplayLoader(
+            loader, self.buffer, self.replay_batch, self.experience_number, self.augment, self.replay_dropped
+        )
 
     def make_eval_dataloader(self, **kwargs: Any) -> None:
         """The same for evaluation by Avalanche."""

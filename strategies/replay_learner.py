@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -17,6 +18,7 @@ from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.learner import Learner, Setup
 from nnheads.strategies.plugins import StepReport
 from nnheads.strategies.replay import ReplayStrategy
+from nnheads.strategies.replay_options import ReplayOptions
 
 
 @final
@@ -145,4 +147,5 @@ def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 def build_replay(setup: Setup) -> Learner:
     """Factory of ``replay``."""
-    return ReplayLearner(setup)
+    options = ReplayOptions(**setup.strategy_options)
+    return ReplayLearner(setup, partial(ReplayStrategy, replay_dropped=options.replay_dropped))

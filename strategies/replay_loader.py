@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Final, final
@@ -30,16 +31,24 @@ class ReplayLoader:
         count: replayed samples a batch.
         experience: the experience that is being learned.
         augment: what is done to the replayed images.
+        replay_dropped: whether exemplars that leave the buffer in the meantime are replayed all the same; a copy of the
+            buffer is held for it.
 
     Attributes:
         new_rows: positions in the experience's data of the new samples of the batch given last, on the CPU.
     """
 
     def __init__(
-        self, new: BatchLoader, buffer: ExemplarBuffer, count: int, experience: int, augment: Augmentation
+        self,
+        new: BatchLoader,
+        buffer: ExemplarBuffer,
+        count: int,
+        experience: int,
+        augment: Augmentation,
+        replay_dropped: bool = False,
     ) -> None:
         self.new = new
-        self.buffer = buffer
+        self.buffer = copy.deepcopy(buffer) if replay_dropped else buffer
         self.count = count
         self.experience = experience
         self.augment = augment

@@ -188,7 +188,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["run", "split-digits", "--resume"], r"--resume needs --checkpoint"),
     (["run", "split-digits", "--checkpoint", "none", "--resume"], r"no checkpoint in none: leave --resume out"),
     (["run", "split-digits", "--checkpoint", "c", "--strategy", "er-ace"], r"cannot be resumed.*replay, impostor"),
-    (["run", "split-digits", "--strategy-option", "n_a=1"], r"strategy 'replay' has no options of its own, got n_a"),
+    (["run", "split-digits", "--strategy-option", "n_a=1"], r"unknown option .*'replay' 'n_a'; known: replay_dropped"),
     (["run", "split-digits", "--strategy", "impostor", "--strategy-option", "n_b=1"], r"unknown option .*'n_b'"),
     (["run", "split-digits", "--strategy-option", "n_a"], r"'n_a' must have the form key=value"),
     (["run", "split-digits", "--validation", "2"], r"--validation must be between 0 and 1"),

@@ -85,6 +85,7 @@ def held(learner: Any) -> list[int]:
         {"choose": "mixed:0.5", "ema": 0.9},
         {"fine_tune": 1},
         {"views": 2},
+        {"replay_dropped": True},
         {"choose": "random", "drop": "random"},
         {"exemplars": False, "drift": "frozen"},
         {"exemplars": False, "drift": "distill"},
@@ -239,6 +240,29 @@ def test_the_last_pass_of_fine_tuning_may_be_a_part_of_one() -> None:
     assert len(set(tuned[16:].tolist())) == 8
 
 
+@pytest.mark.parametrize("replay_dropped", [False, True])
+def test_exemplars_that_make_room_are_replayed_to_the_end_where_that_is_asked_for(replay_dropped: bool) -> None:
+    learner = learner_of(small_stream(), replay_dropped=replay_dropped)
+    learn(learner, 0)
+    before, first = set(held(learner)), set(learner.strategy.buffer.labels.tolist())
+    replayed: list[int] = []
+    original = learner.strategy.criterion
+
+    def record() -> torch.Tensor:
+        new = len(learner.strategy.dataloader.new_rows)
+        replayed.extend(learner.strategy.mb_ids[new:].tolist())
+        assert set(learner.strategy.mb_y[new:].tolist()) <= first
+        return original()
+
+    learner.strategy.criterion = record
+    learn(learner, 1)
+    dropped = before - set(held(learner))
+    assert dropped
+    assert set(replayed) <= before
+    half = replayed[len(replayed) // 2 :]  # new classes have the room they get by then
+    assert bool(dropped & set(half)) == replay_dropped
+
+
 def test_two_views_of_each_image_are_trained_on_and_counted() -> None:
     learner = learner_of(small_stream(), views=2, fine_tune=1)
     strategy = learner.strategy
@@ -354,6 +378,8 @@ def test_mistakes_in_the_options() -> None:
         ({"drift_weight": 0.1, "drift": "free"}, "drift_weight does nothing without drift='distill'"),
         ({"rounds": 2}, "rounds does nothing without a choice of centers"),
         ({"views": 3}, "views must be 1 or 2, not 3"),
+        ({"replay_dropped": 1}, "replay_dropped must be true or false, not 1"),
+        ({"replay_dropped": True, "exemplars": False}, "replay_dropped .*: leave exemplars=true"),
         ({"fine_tune": -1}, "fine_tune must be a number, 0 or more"),
         ({"exemplars": "no"}, "exemplars must be true or false"),
         ({"drift": "slow"}, "drift must be one of free, frozen, distill"),
@@ -370,9 +396,9 @@ def test_mistakes_in_the_options() -> None:
 
 
 def test_options_are_refused_by_strategies_without_any() -> None:
-    config = RunConfig(strategy="replay", strategy_options={"choose": "worst"})
-    with pytest.raises(ConfigError, match="'replay' has no options of its own, got choose"):
-        config.resolve(stream_spec("split-digits"), strategy_spec("replay"))
+    config = RunConfig(strategy="er-ace", strategy_options={"choose": "worst"})
+    with pytest.raises(ConfigError, match="'er-ace' has no options of its own, got choose"):
+        config.resolve(stream_spec("split-digits"), strategy_spec("er-ace"))
     resolved = RunConfig(strategy="impostor", strategy_options={"choose": "worst"}).resolve(
         stream_spec("split-digits"), strategy_spec("impostor")
     )
