@@ -187,11 +187,20 @@ class RunConfig:
         return fields
 
 
+_BEFORE: Final = {"replay_dropped": False}
+"""Options of strategies that are newer than results and checkpoints may be: what was done before there were any."""
+
+
+def options_then(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Strategy options of results or a checkpoint, with those that are newer and are among the options now."""
+    return {**{name: value for name, value in _BEFORE.items() if name in now}, **saved}
+
+
 def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any], free: frozenset[str] = frozenset()) -> list[str]:
     """In which resolved settings, as JSON values, a run from before differs from one now, as ``name=then (now ...)``.
 
     Options are told one by one. Those of the strategy that ``saved`` does not hold had their defaults: once only those
-    were written that the user had given.
+    were written that the user had given; but see `options_then`.
     """
     told = []
     for name, value in now.items():
@@ -203,6 +212,8 @@ def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any], free: fro
         if not isinstance(value, Mapping) or not isinstance(then, Mapping):
             told.append(f"{name}={then!r} (now {value!r})")
             continue
+        if name == "strategy_options":
+            then = options_then(then, value)
         for option in then if name == "strategy_options" else {**then, **value}:
             if then.get(option) != value.get(option):
                 told.append(f"{option}={then.get(option)!r} (now {value.get(option)!r})")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from nnheads.benchmarks.checkpoint import learning_rate
-from nnheads.benchmarks.config import RunConfig, changed_settings
+from nnheads.benchmarks.config import RunConfig, changed_settings, options_then
 from nnheads.benchmarks.specs import stream_spec
 from nnheads.benchmarks.variants import Variant
 from nnheads.errors import CheckpointError, ConfigError
@@ -221,11 +221,10 @@ class StreamCell:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.results} cannot be read ({error}): remove it and it is made again") from None
-        # a setting that there was not when the results were made had its default
-        usual = RunConfig().to_dict()
+        then = self._asked_then(asked)
         for name, value in self.asked().items():
-            if name not in _FREE and asked.get(name, usual[name]) != value:
-                made = asked.get(name, usual[name])
+            if name not in _FREE and then[name] != value:
+                made = then[name]
                 raise ConfigError(f"{self.results} was made with {name}={made!r}, not {value!r}: give another --out")
         self._check_defaults(resolved)
         return dict(result)
@@ -242,7 +241,7 @@ class StreamCell:
         made = None
         try:
             asked = json.loads(self.results.read_text(encoding="utf-8"))["asked"]
-            before = {**RunConfig().to_dict(), **asked}
+            before = self._asked_then(asked)
         except (OSError, ValueError, KeyError, TypeError):
             pass  # none, or `finished` tells what is wrong with them
         else:
@@ -267,6 +266,11 @@ class StreamCell:
                 f"{self.results} was made with other defaults, {', '.join(changed)}: "
                 "give another --out, or what they were as part of the strategy's name"
             )
+
+    def _asked_then(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """What results were made with. A setting that there was not then had its default."""
+        then = {**RunConfig().to_dict(), **asked}
+        return {**then, "strategy_options": options_then(then["strategy_options"], self.asked()["strategy_options"])}
 
     def asked(self) -> dict[str, Any]:
         """Its settings as JSON has them."""

@@ -50,7 +50,7 @@ class ImpostorOptions:
     balanced: bool = True
     fine_tune: float = 0
     views: int = 1
-    replay_dropped: bool = False
+    replay_dropped: bool = True
     exemplars: bool = True
     drift: Literal["free", "frozen", "distill"] = "free"
     drift_weight: float = 1.0
@@ -71,8 +71,6 @@ class ImpostorOptions:
             raise ConfigError(f"views must be 1 or 2, not {self.views!r}")
         if self.drift not in DRIFTS:
             raise ConfigError(f"drift must be one of {', '.join(DRIFTS)}, not {self.drift!r}")
-        if self.replay_dropped and not self.exemplars:
-            raise ConfigError("replay_dropped replays exemplars' images: leave exemplars=true")
         if self.fine_tune and not self.exemplars:
             raise ConfigError("fine_tune passes over the exemplars' images: leave exemplars=true")
         if self.fine_tune and self.drift == "frozen":

@@ -91,7 +91,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         seed: int = 0,
         precision: Precision = "auto",
         views: int = 1,
-        replay_dropped: bool = False,
+        replay_dropped: bool = True,
         ema: float | None = None,
         train_mb_size: int = 32,
         train_epochs: int = 1,

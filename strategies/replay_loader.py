@@ -45,7 +45,7 @@ class ReplayLoader:
         count: int,
         experience: int,
         augment: Augmentation,
-        replay_dropped: bool = False,
+        replay_dropped: bool = True,
     ) -> None:
         self.new = new
         self.buffer = copy.deepcopy(buffer) if replay_dropped else buffer

@@ -18,7 +18,7 @@ class ReplayOptions:
             `nnheads.strategies.replay.ReplayStrategy`.
     """
 
-    replay_dropped: bool = False
+    replay_dropped: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.replay_dropped, bool):

@@ -291,11 +291,16 @@ def test_results_made_with_other_defaults_are_not_taken_for_these(asked: list[Ru
     assert content["config"]["strategy_options"]["redistribute"] == "none"  # nobody gave it
     file.write_text(json.dumps(content))
     compare_streams(comparison, tmp_path, resume=True)
-    content["config"]["strategy_options"] = {"fine_tune": 0}  # as once: those given alone
+    content["config"]["strategy_options"] = {"fine_tune": 0, "replay_dropped": True}  # as once: those given alone
     file.write_text(json.dumps(content))
     compare_streams(comparison, tmp_path, resume=True)
     for name, old, told in (
-        ("strategy_options", {"redistribute": "influence"}, r"redistribute='influence' \(now 'none'\)"),
+        (
+            "strategy_options",
+            {"redistribute": "influence", "replay_dropped": True},
+            r"redistribute='influence' \(now 'none'\)",
+        ),
+        ("strategy_options", {"fine_tune": 0}, r"replay_dropped=False \(now True\)"),  # before it was an option
         ("head_options", {**content["config"]["head_options"], "k": 7}, r"k=7 \(now None\)"),
         ("ema", 0.5, r"ema=0.5 \(now 0.99\)"),
     ):
@@ -303,6 +308,10 @@ def test_results_made_with_other_defaults_are_not_taken_for_these(asked: list[Ru
         file.write_text(json.dumps(changed))
         with pytest.raises(ConfigError, match=rf"impostor-m50-s0\.json was made with other defaults, {told}: give"):
             compare_streams(comparison, tmp_path, resume=True)
+    as_before = replace(comparison, base=replace(comparison.base, strategy_options={"replay_dropped": False}))
+    content["config"]["strategy_options"] = {"fine_tune": 0}
+    file.write_text(json.dumps(content))
+    assert compare_streams(as_before, tmp_path, resume=True)["finished"] == 1
     file.write_text(json.dumps({**content, "config": None}))
     with pytest.raises(CheckpointError, match="cannot be read"):
         compare_streams(comparison, tmp_path, resume=True)
