@@ -17,6 +17,9 @@ CONTESTS = [
     ("#### The bytes of 1,000 images", "contest-split-cifar10", "-m1000"),
     ("#### Avalanche's rows with averaged weights and small exemplars", "contest-split-cifar10/variants", "-m1000"),
     ("#### Fine-tuning at equal gradient samples", "contest-split-cifar10/fine-tuning", "-m1000"),
+    ("The bytes of 1,000 images:", "contest-split-cifar10/replay-dropped", "-m1000"),
+    ("The bytes of 200 images:", "contest-split-cifar10/replay-dropped", "-m200"),
+    ("Split CIFAR-100, the bytes of 2,000 images:", "contest-split-cifar100/replay-dropped", "-m2000"),
     ("#### The bytes of 200 images", "contest-split-cifar10", "-m200"),
     ("#### Split CIFAR-100", "contest-split-cifar100", "-m2000"),
 ]
