@@ -216,12 +216,11 @@ class StreamCell:
         """
         try:
             result = json.loads(self.results.read_text(encoding="utf-8"))
-            asked, resolved = dict(result["asked"]), dict(result.get("config", {}))
+            then, resolved = self._asked_then(result), dict(result.get("config", {}))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.results} cannot be read ({error}): remove it and it is made again") from None
-        then = self._asked_then(asked)
         for name, value in self.asked().items():
             if name not in _FREE and then[name] != value:
                 made = then[name]
@@ -240,8 +239,7 @@ class StreamCell:
             return
         made = None
         try:
-            asked = json.loads(self.results.read_text(encoding="utf-8"))["asked"]
-            before = self._asked_then(asked)
+            before = self._asked_then(json.loads(self.results.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError):
             pass  # none, or `finished` tells what is wrong with them
         else:
@@ -264,13 +262,17 @@ class StreamCell:
         if changed:
             raise ConfigError(
                 f"{self.results} was made with other defaults, {', '.join(changed)}: "
-                "give another --out, or what they were as part of the strategy's name"
+                "give another --out, or ask for what they were by --strategy-option, --option or --ema"
             )
 
-    def _asked_then(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """What results were made with. A setting that there was not then had its default."""
-        then = {**RunConfig().to_dict(), **asked}
-        return {**then, "strategy_options": options_then(then["strategy_options"], self.asked()["strategy_options"])}
+    def _asked_then(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """What results were asked for, with strategy options that are asked for now as they were. A setting that there
+        was not then had its default."""
+        then = {**RunConfig().to_dict(), **result["asked"]}
+        now = self.asked()["strategy_options"]
+        used = dict(result.get("config", {})).get("strategy_options") or {}
+        made = {**{name: used[name] for name in now if name in used}, **then["strategy_options"]}
+        return {**then, "strategy_options": options_then(made, now)}
 
     def asked(self) -> dict[str, Any]:
         """Its settings as JSON has them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple, final
 
@@ -140,6 +141,19 @@ class ExemplarBuffer:
     def ranks(self) -> Tensor:
         """(n,) int64 place of each sample held in the order of their priorities: the last of a class go first."""
         return torch.from_numpy(self._priority[: self._count].argsort().argsort())
+
+    def held_before(self, experience: int) -> ExemplarBuffer:
+        """A copy with the samples that came with an earlier experience; it has room for no others."""
+        rows = self.rows_before(experience)
+        made = copy.copy(self)
+        made.budget = len(rows)
+        made._images = self._images[rows]
+        at = rows.numpy()
+        made._labels, made._ids = self._labels[at], self._ids[at]
+        made._since, made._priority = self._since[at], self._priority[at]
+        made._count = len(rows)
+        made._seen = set(self._seen)
+        return made
 
     def exemplars(self) -> ImageSet:
         """What is held, as an image set; images that are not compressed are shared."""

@@ -29,8 +29,8 @@ class ImpostorOptions:
             drawn at random. Gradient samples all the same.
         views: 2 for a second view of each image in a batch, changed as SCR's are
             (`nnheads.strategies.views.ContrastiveViews`); gradient samples too.
-        replay_dropped: whether exemplars that make room for an experience's own are replayed until its end, see
-            `nnheads.strategies.replay.ReplayStrategy`.
+        replay_dropped: whether exemplars that make room for an experience's own are replayed with all its batches, see
+            `nnheads.strategies.replay.ReplayStrategy`; fine-tuning passes over those held then.
         exemplars: whether the centers' images are kept and replayed. Without them a center stays where the backbone put
             it when its experience was learned.
         drift: what is done about that: ``"free"``: nothing; ``"frozen"``: the backbone learns the first experience

@@ -64,8 +64,9 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         views: 2 for a second view of each image in a batch, see `nnheads.strategies.views.ContrastiveViews`, which is a
             gradient sample too; 1 for the batch as it is.
         replay_dropped: whether exemplars that make room for an experience's own are replayed until its end, as
-            Avalanche's Replay does, which makes room only then. Their centers leave at once, and what is kept between
-            experiences is the same; during one a copy of the exemplars is held.
+            Avalanche's Replay does, which makes room only then; what is removed from the buffer between experiences is
+            not. Their centers leave at once, and what is kept between experiences is the same; during one a copy of
+            the exemplars that it began with is held.
         ema: decay of an average of the weights over the steps of an experience, which takes their place at its end, so
             that it answers and the next experience goes on from it: between experiences there is one set of weights.
             None for none.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from typing import Final, final
@@ -31,8 +30,8 @@ class ReplayLoader:
         count: replayed samples a batch.
         experience: the experience that is being learned.
         augment: what is done to the replayed images.
-        replay_dropped: whether exemplars that leave the buffer in the meantime are replayed all the same; a copy of the
-            buffer is held for it.
+        replay_dropped: whether exemplars that leave the buffer in the meantime are replayed all the same; a copy of
+            those from earlier experiences is held for it.
 
     Attributes:
         new_rows: positions in the experience's data of the new samples of the batch given last, on the CPU.
@@ -48,7 +47,7 @@ class ReplayLoader:
         replay_dropped: bool = True,
     ) -> None:
         self.new = new
-        self.buffer = copy.deepcopy(buffer) if replay_dropped else buffer
+        self.buffer = buffer.held_before(experience) if replay_dropped and count > 0 else buffer
         self.count = count
         self.experience = experience
         self.augment = augment

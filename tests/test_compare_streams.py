@@ -308,7 +308,13 @@ def test_results_made_with_other_defaults_are_not_taken_for_these(asked: list[Ru
         file.write_text(json.dumps(changed))
         with pytest.raises(ConfigError, match=rf"impostor-m50-s0\.json was made with other defaults, {told}: give"):
             compare_streams(comparison, tmp_path, resume=True)
+    content["config"] = json.loads(json.dumps(resolved.to_dict()))
+    file.write_text(json.dumps(content))
+    asked_for = replace(comparison, base=replace(comparison.base, strategy_options={"replay_dropped": True}))
+    assert compare_streams(asked_for, tmp_path, resume=True)["finished"] == 1
     as_before = replace(comparison, base=replace(comparison.base, strategy_options={"replay_dropped": False}))
+    with pytest.raises(ConfigError, match=r"strategy_options=\{'replay_dropped': True\}, not"):
+        compare_streams(as_before, tmp_path, resume=True)
     content["config"]["strategy_options"] = {"fine_tune": 0}
     file.write_text(json.dumps(content))
     assert compare_streams(as_before, tmp_path, resume=True)["finished"] == 1

@@ -240,11 +240,15 @@ def test_the_last_pass_of_fine_tuning_may_be_a_part_of_one() -> None:
     assert len(set(tuned[16:].tolist())) == 8
 
 
-@pytest.mark.parametrize("replay_dropped", [False, True])
-def test_exemplars_that_make_room_are_replayed_to_the_end_where_that_is_asked_for(replay_dropped: bool) -> None:
-    learner = learner_of(small_stream(), replay_dropped=replay_dropped)
+@pytest.mark.parametrize("strategy", ["impostor", "replay"])
+@pytest.mark.parametrize("options", [{}, {"replay_dropped": False}], ids=str)
+def test_exemplars_that_make_room_are_replayed_to_the_end_of_an_experience(
+    strategy: str, options: dict[str, Any]
+) -> None:
+    setup = setup_of(small_stream(), **options)
+    learner: Any = strategy_spec(strategy).build(setup)
     learn(learner, 0)
-    before, first = set(held(learner)), set(learner.strategy.buffer.labels.tolist())
+    before, first = set(held(learner)), set(learner.buffer.labels.tolist())
     replayed: list[int] = []
     original = learner.strategy.criterion
 
@@ -260,7 +264,8 @@ def test_exemplars_that_make_room_are_replayed_to_the_end_where_that_is_asked_fo
     assert dropped
     assert set(replayed) <= before
     half = replayed[len(replayed) // 2 :]  # new classes have the room they get by then
-    assert bool(dropped & set(half)) == replay_dropped
+    assert bool(dropped & set(half)) == (not options)
+    assert len(learner.buffer) == 16  # four classes share 18
 
 
 def test_two_views_of_each_image_are_trained_on_and_counted() -> None:

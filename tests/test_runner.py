@@ -427,10 +427,17 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
         run(QUICK, checkpoint=state, resume=True)
     with pytest.raises(ConfigError, match="strategy 'er-ace' cannot be resumed"):
         run(replace(QUICK, strategy="er-ace"), checkpoint=tmp_path / "other")
+    written = json.loads((state / "run.json").read_text())
+    del written["config"]["strategy_options"]["replay_dropped"]  # as before there was that option
+    (state / "run.json").write_text(json.dumps(written))
+    with pytest.raises(CheckpointError, match=r"started with replay_dropped=False \(now True\)"):
+        run(replace(QUICK, epochs=1), checkpoint=state, resume=True)
+    as_before = replace(QUICK, epochs=1, strategy_options={"replay_dropped": False})
+    run(as_before, checkpoint=state, resume=True)
     tensors = state / "run.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="bytes where"):
-        run(replace(QUICK, epochs=1), checkpoint=state, resume=True)
+        run(as_before, checkpoint=state, resume=True)
 
 
 @pytest.mark.usefixtures("short")
