@@ -51,8 +51,9 @@ class RunConfig:
         exemplar_bytes: bytes an exemplar's image is compressed to, lossy WebP; new images are seen so too.
             ``memory`` is then the bytes of so many uncompressed images; centers, and what DER keeps with each exemplar,
             count too. None: for ``impostor`` what the stream proposes; 0: images as they are.
-        strategy_options: further options of the strategy, as JSON values; strategy ``impostor``, see
-            `nnheads.strategies.impostor_options.ImpostorOptions`.
+        strategy_options: further options of the strategy, as JSON values; of our own, see
+            `nnheads.strategies.impostor_options.ImpostorOptions` and
+            `nnheads.strategies.replay_options.ReplayOptions`.
         future: evaluate experiences to come and the untrained model as well, for forward transfer.
         share: share of each class's training images that is learned from, to try settings quickly; None for all.
         validation: share of each class's training images that is held out and takes the place of the test images, to
