@@ -223,8 +223,9 @@ class StreamCell:
             raise CheckpointError(f"{self.results} cannot be read ({error}): remove it and it is made again") from None
         for name, value in self.asked().items():
             if name not in _FREE and then[name] != value:
-                made = then[name]
-                raise ConfigError(f"{self.results} was made with {name}={made!r}, not {value!r}: give another --out")
+                raise ConfigError(
+                    f"{self.results} was made with {name}={then[name]!r}, not {value!r}: give another --out"
+                )
         self._check_defaults(resolved)
         return dict(result)
 
