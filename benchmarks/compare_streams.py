@@ -15,7 +15,8 @@ from typing import Any, Final
 from nnheads.benchmarks.locks import exclusive, tidy
 from nnheads.benchmarks.measures import mean_and_spread, seen_accuracy
 from nnheads.benchmarks.results import SUMMARY, check_same_comparison, write_json
-from nnheads.benchmarks.stream_comparison import REFERENCE, StreamCell, StreamComparison, stream_cells
+from nnheads.benchmarks.stream_cell import StreamCell
+from nnheads.benchmarks.stream_comparison import REFERENCE, StreamComparison, stream_cells
 from nnheads.errors import ConfigError, DivergedError
 from nnheads.strategies.registry import strategy_spec
 
@@ -239,7 +240,6 @@ def _pick_rates(
     What is missing is tried for ``rows`` alone; others are chosen for where all that it takes is there.
     """
     tried = {variant.name: tuple(sorted(plan.rates)) for variant in plan.free_variants}
-    gone: dict[str, DivergedError] = {}
     diverged: dict[str, DivergedError] = {}
     while True:
         trials = plan.trials(tried)
@@ -250,6 +250,7 @@ def _pick_rates(
         cells = stream_cells(trials, folder)
         _check(cells)
         wanted = {name for row in rows & names.keys() for name in names[row].values()}
+        gone = _diverged(cells)
         _make([cell for cell in cells if cell.variant.name in wanted], gone, progress, finished, wait=True)
         diverged |= {cell.variant.name: gone[cell.name] for cell in cells if cell.name in gone}
         found = summarize_streams(trials, cells)
@@ -278,6 +279,12 @@ def _check(cells: Sequence[StreamCell]) -> None:
         cell.finished()
 
 
+def _diverged(cells: Sequence[StreamCell]) -> dict[str, DivergedError]:
+    """The runs that diverged before, by name."""
+    found = {cell.name: cell.diverged() for cell in cells if not cell.results.is_file()}
+    return {name: error for name, error in found.items() if error is not None}
+
+
 def _make(
     cells: Sequence[StreamCell],
     diverged: dict[str, DivergedError],
@@ -288,7 +295,7 @@ def _make(
 ) -> None:
     """Makes the runs that are missing; those that another process makes are left to it, or waited for.
 
-    ``diverged`` gets the runs that diverge, by name, which have no results then; those in it are left out.
+    ``diverged`` gets the runs that diverge, or did before, by name; they have no results then.
     """
     for cell in cells:
         if cell.results.is_file():
@@ -300,15 +307,19 @@ def _make(
             with exclusive(cell.lock) as mine:
                 if not mine:
                     left.append(cell)
+                elif (before := cell.diverged()) is not None:
+                    diverged[cell.name] = before
                 elif cell.finished() is None:
                     try:
                         result = _run(cell, progress)
                     except DivergedError as error:
+                        cell.record_divergence(error)
                         diverged[cell.name] = error
                         if progress is not None:
                             progress(f"{cell.name} diverged", 0, 0)
                         continue
                     write_json(cell.results, result)
+                    cell.divergence.unlink(missing_ok=True)  # one of other settings
                     shutil.rmtree(cell.checkpoint, ignore_errors=True)
                     if finished is not None:
                         finished(result, sum(c.results.is_file() for c in cells), len(cells))

@@ -45,6 +45,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
         accuracy = 0.5 + 0.1 * config.seed - abs((config.learning_rate or best) - best)
         slow = 2.0 if config.strategy == "avalanche-replay" else 1.0
         return {
+            "config": config.resolve(stream_spec(config.stream), strategy_spec(config.strategy)).to_dict(),
             "strategy": config.strategy,
             "head": config.head or "impostor",
             "seed": config.seed,
@@ -543,6 +544,76 @@ def test_a_run_that_diverges_does_not_keep_others_from_being_made(
         compare_streams(comparison, tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["finished"], summary["runs"]) == (3, 4)
+
+
+def test_a_run_that_diverged_is_not_tried_again_until_its_record_is_removed(
+    asked: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[RunConfig] = []
+
+    def too_high(config: RunConfig) -> bool:
+        tried.append(config)
+        return config.strategy == "naive"
+
+    diverging(monkeypatch, too_high)
+    comparison = plan("naive", "replay")
+    record = tmp_path / "naive-s0.diverged.json"
+    for expected in (2, 2):  # the second time nothing is made
+        with pytest.raises(DivergedError, match="naive-s0: training diverged: give a lower lr"):
+            compare_streams(comparison, tmp_path, resume=True)
+        assert len(tried) == expected
+        assert record.is_file()
+    with pytest.raises(DivergedError, match=rf"or remove {record} to try it again"):
+        compare_streams(comparison, tmp_path, resume=True)
+    record.unlink()
+    with pytest.raises(DivergedError):
+        compare_streams(comparison, tmp_path, resume=True)
+    assert len(tried) == 3
+    record.write_text("{")
+    with pytest.raises(CheckpointError, match=r"naive-s0\.diverged\.json cannot be read .*: remove it"):
+        compare_streams(comparison, tmp_path, resume=True)
+
+
+def test_that_a_run_diverged_counts_for_the_same_settings_alone(
+    asked: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging(monkeypatch, lambda config: config.learning_rate == 0.3)
+    high, low = (replace(plan("naive"), base=replace(BASE, learning_rate=rate)) for rate in (0.3, 0.1))
+    with pytest.raises(DivergedError):
+        compare_streams(high, tmp_path)
+    assert compare_streams(low, tmp_path, resume=True)["finished"] == 1
+    assert not (tmp_path / "naive-s0.diverged.json").exists()
+
+
+def test_rates_at_which_training_diverged_count_for_a_row_that_is_not_asked_for(
+    asked: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[float | None] = []
+
+    def too_high(config: RunConfig) -> bool:
+        tried.append(config.learning_rate)
+        return (config.learning_rate or 0) > 0.2
+
+    diverging(monkeypatch, too_high)
+    comparison = replace(plan("naive", "replay", rates=(0.1, 0.3)), base=replace(BASE, validation=0.1))
+    compare_streams(comparison, tmp_path)
+    before = len(tried)
+    found = compare_streams(comparison, tmp_path, resume=True, only=["replay-*"])
+    assert found["learning_rates"] == {"naive": 0.1, "replay": 0.1}
+    assert len(tried) == before
+
+
+def test_results_that_lack_something_are_named(asked: list[RunConfig], tmp_path: Path) -> None:
+    compare_streams(plan("naive"), tmp_path)
+    path = tmp_path / "naive-s0.json"
+    whole = json.loads(path.read_text())
+    for name in ("train_seconds", "config", "accuracy_matrix"):
+        path.write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+        with pytest.raises(CheckpointError, match=rf"naive-s0\.json cannot be read \(it has no {name}\): remove it"):
+            compare_streams(plan("naive"), tmp_path, resume=True)
+    path.write_text("[]")
+    with pytest.raises(CheckpointError, match="it has no asked, config"):
+        compare_streams(plan("naive"), tmp_path, resume=True)
 
 
 def test_no_rate_is_chosen_where_no_weights_are_trained(asked: list[RunConfig], tmp_path: Path) -> None:
