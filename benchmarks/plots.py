@@ -123,7 +123,7 @@ def curves_figure(summary: dict[str, Any]) -> Figure:
                 high = [a + b for a, b in zip(mean, spread, strict=True)]
                 axes.fill_between(steps, low, high, color=colour, alpha=0.13, lw=0)
         axes.set_xlabel("experiences learned")
-        axes.set_title("" if memory is None else f"memory of {memory} exemplars", fontsize=10)
+        axes.set_title("" if memory is None else f"memory of {memory:,} images", fontsize=10)
         axes.set_xticks(range(1, len(mean) + 1, max(1, len(mean) // 10)))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy on all classes seen (%)")

@@ -114,3 +114,10 @@ def test_the_readme_has_these_figures_too(first: str) -> None:
     known = [rounded(row) for rows in measured for row in rows]
     for row in _table(ROOT / "README.md", "## How it compares", first):
         assert rounded(row) in known, row
+
+
+def test_the_digits_row_is_that_of_its_runs() -> None:
+    row = _table(ROOT / "benchmarks" / "README.md", "## Split digits, class-incremental", "| | seed 0 |")[0]
+    assert [row[f"seed {seed}"] for seed in SEEDS] == [
+        _accuracy(_run("split-digits", f"impostor-seed{seed}")) for seed in SEEDS
+    ]
