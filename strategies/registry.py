@@ -161,7 +161,7 @@ STRATEGIES: dict[str, StrategySpec] = {
         StrategySpec(
             "impostor",
             "nnheads.strategies.impostor:build_impostor",
-            "replay whose exemplars are the centers, exchanged at random or by Algorithm 1; a head that votes by kernels",
+            "replay whose exemplars are the centers, chosen at random or by Algorithm 1; a head that votes by kernels",
             classifier="any",
             default_head="impostor",
             options="nnheads.strategies.impostor_options:ImpostorOptions",
