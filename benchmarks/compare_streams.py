@@ -261,9 +261,11 @@ def _pick_rates(
             for row, trial in names.items()
             if accuracy.keys() | diverged.keys() >= set(trial.values())
         }
-        for row, rate in chosen.items():
+        for row, rate in list(chosen.items()):
             if names[row][rate] not in accuracy:  # so did all others
-                raise diverged[names[row][rate]]
+                if row in rows:
+                    raise diverged[names[row][rate]]
+                del chosen[row]
         further = {row: plan.rate_beyond(tried[row], rate) for row, rate in chosen.items()}
         if not plan.extend_rates or not any(further.values()):
             return tried, chosen

@@ -632,6 +632,18 @@ def test_a_row_that_diverges_at_every_rate_says_so(
         compare_streams(comparison, tmp_path)
 
 
+def test_a_row_that_diverges_at_every_rate_does_not_keep_others_from_being_asked_for(
+    asked: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging(monkeypatch, lambda config: config.strategy == "naive")
+    comparison = replace(plan("naive", "replay", rates=(0.1, 0.3)), base=replace(BASE, validation=0.1))
+    with pytest.raises(DivergedError):
+        compare_streams(comparison, tmp_path)
+    found = compare_streams(comparison, tmp_path, resume=True, only=["replay-*"])
+    assert found["learning_rates"] == {"replay": 0.1}
+    assert found["finished"] == 1
+
+
 def test_what_was_set_aside_comes_back_where_nothing_took_its_place(asked: list[RunConfig], tmp_path: Path) -> None:
     comparison = replace(plan("naive"), base=replace(BASE, learning_rate=0.1))
 
