@@ -92,6 +92,8 @@ class Rows(nn.Module):
 
     def values_at(self, rows: Tensor) -> Tensor:
         """Label of each row as a distribution over the classes: (...,) int64 -> (..., C). Row -1 gives zeros."""
+        if not self.capacity:
+            return self.keys.new_zeros(*rows.shape, self.num_classes)
         safe = rows.clamp_min(0)
         values = F.one_hot(self.labels[safe], self.num_classes).to(self.keys.dtype)
         if len(self.soft):

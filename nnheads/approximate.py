@@ -14,6 +14,7 @@ from nnheads._ann import KINDS, Candidates
 from nnheads._exact import l1_nearest, products_at, products_nearest
 from nnheads._faiss import faiss_available
 from nnheads._index_base import Index, Metric, is_single
+from nnheads._lasting import lasting
 from nnheads.errors import ConfigError, unknown_name
 
 _FEW: Final = 5_000  # rows below which exact search is as fast
@@ -114,6 +115,7 @@ class ApproximateIndex(Index):
         more = len(self._offset) - len(self._slot_of)
         self._slot_of = torch.nn.functional.pad(self._slot_of, (0, more), value=-1)
 
+    @lasting
     def _settle(self) -> None:
         """Bring the index up to date, as far as it is worth it."""
         if self._ann is not None and self._dead > _DEAD * self._ann.count:

@@ -10,6 +10,7 @@ from torch import Tensor
 from nnheads._exact import HalfKeys, SingleKeys
 from nnheads._faiss import SinglePairs, faiss_available, load_faiss
 from nnheads._index_base import METRICS, Index, Metric, is_single, unit_rows
+from nnheads._lasting import lasting
 from nnheads.approximate import ApproximateIndex
 from nnheads.errors import ShapeError, unknown_name
 from nnheads.search_costs import Plan, cost_model, engines_for, spend
@@ -142,7 +143,7 @@ class AutoIndex(Index):
         """Make now what such searches will use, rather than when it has been missed enough; the plan for them."""
         plan = self.explain_plan(batch, k)
         if plan.engine == "bfloat16" and self._half is None:
-            self._half = HalfKeys(self._keys, self._offset, self.metric == "cosine")
+            self._make_half()
         if batch == 1:
             self._make_single(plan.engine)
         return plan
@@ -154,7 +155,7 @@ class AutoIndex(Index):
         if engine == "bfloat16" and self._half is None:
             self._missed += plan.advantage
             if self._missed >= _COPY_SECONDS * self._extent * self._keys.shape[1]:
-                self._half = HalfKeys(self._keys, self._offset, self.metric == "cosine")
+                self._make_half()
             else:
                 engine = plan.without("bfloat16")
         if plan.seconds and spend(plan.seconds[engine], queries.device):
@@ -173,6 +174,10 @@ class AutoIndex(Index):
         if engine.startswith("faiss"):
             return self._by_faiss(queries, k)
         return self._by_torch(queries, k, two_stages=engine == "torch-groups")
+
+    @lasting
+    def _make_half(self) -> None:
+        self._half = HalfKeys(self._keys, self._offset, self.metric == "cosine")
 
     def _make_single(self, engine: str) -> None:
         if self.metric != "l2" or engine in self._single:

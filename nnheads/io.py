@@ -69,6 +69,7 @@ def save(model: HeadedModel, path: str | Path, *, backbone: bool = True, thumbna
     return Path(path)
 
 
+@torch.inference_mode(False)
 def load(
     path: str | Path,
     backbone: nn.Module | tuple[nn.Module, nn.Module] | None = None,

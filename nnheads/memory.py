@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from ._coded_rows import QUANTIZER, CodedRows
 from ._lasting import lasting
 from ._rows import NEXT_ID, ColumnWidth
-from .errors import ShapeError
+from .errors import CheckpointError, ShapeError
+from .quantize import ProductQuantizer
 
 __all__ = ["ColumnWidth", "Memory"]
 
@@ -93,15 +95,16 @@ class Memory(CodedRows):
             self._grow(self._count + count)
             rows = rows.clone()
             rows[new] = torch.arange(self._count, self._count + count, device=rows.device)
-            self._count += count
-            self.active[rows] = True
-            self._moved()
         self.labels[rows] = labels
         self.ids[rows] = ids
         self._put(rows, keys)
         self._forget_soft(rows)
         for name in self.columns:
             self.column(name)[rows] = 0
+        if count:  # last: a row counts once all of it is there
+            self._count += count
+            self.active[rows] = True
+            self._moved()
         self.touch(rows)
         self._next_id = max(self._next_id, int(ids.max()) + 1)
         if soft is not None:
@@ -232,6 +235,7 @@ class Memory(CodedRows):
         for name, tensor in self._filled().items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
+    @lasting
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -242,16 +246,15 @@ class Memory(CodedRows):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        own = [*self._row_buffers(), "soft"]
-        codes = ["codes"] if self.coder is not None and prefix + "codes" in state_dict else []
-        names = ["keys", *codes, *own[1:]]
-        missing = [prefix + name for name in names if prefix + name not in state_dict]
+        saved = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+        missing = [name for name in self._saved_names() if name not in saved]
         if missing:
-            missing_keys.extend(missing)
+            missing_keys.extend(prefix + name for name in missing)
             return
-        incoming = {name: state_dict[prefix + name] for name in names}
-        if incoming["keys"].shape[1:] != self.keys.shape[1:]:
-            error_msgs.append(f"memory: saved keys are {incoming['keys'].shape[1]} wide, this memory takes {self.dim}")
+        try:
+            incoming = self._incoming(saved)
+        except CheckpointError as error:
+            error_msgs.append(f"memory: {error}")
             return
         self.widen(incoming["soft"].shape[1])
         more = self.num_classes - incoming["soft"].shape[1]
@@ -261,11 +264,11 @@ class Memory(CodedRows):
             setattr(self, name, tensor.detach().to(self.get_buffer(name), copy=True))
         self._count, self._expanded = len(self.labels), False
         self._came = []
-        quantizer = [key for key in state_dict if key.startswith(prefix + QUANTIZER)]
         if self.coder is not None:
-            state = {key.removeprefix(prefix + QUANTIZER): state_dict[key].detach().clone() for key in quantizer}
-            self.coder.load_state(state, self.keys.device)
-            if not codes:
+            self.coder.load_state(
+                {name: tensor.detach().clone() for name, tensor in _quantizer(saved).items()}, self.keys.device
+            )
+            if "codes" not in incoming:
                 self.codes = self.codes.new_zeros(0, 0)
         self.active = torch.ones(self._count, dtype=torch.bool, device=self.keys.device)
         # Older files do not have it; then ids above those held may be those of samples that were dropped.
@@ -275,5 +278,37 @@ class Memory(CodedRows):
         self._changed = None
         if self.coder is not None and not self.coded:
             self.compress()  # saved by a memory without a coding
-        known = {prefix + name for name in (*names, NEXT_ID)} | set(quantizer if self.coder is not None else [])
-        unexpected_keys.extend(k for k in state_dict if strict and k.startswith(prefix) and k not in known)
+        known = {*self._saved_names(), NEXT_ID, "codes"}
+        unexpected_keys.extend(
+            prefix + name for name in saved if strict and name not in known and not name.startswith(QUANTIZER)
+        )
+
+    def _saved_names(self) -> list[str]:
+        """What a state dict of any memory with these columns has."""
+        return ["keys", "labels", "ids", "soft_row", *(f"column_{name}" for name in self.columns), "soft"]
+
+    def _incoming(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors for the buffers; keys are decoded where this memory keeps none as codes.
+
+        Raises:
+            CheckpointError: they are of another width, or do not fit together.
+        """
+        incoming = {name: saved[name] for name in self._saved_names()}
+        coded = "codes" in saved and saved["codes"].shape[1:] != (0,)
+        keys = "keys"
+        if coded and self.coder is None:
+            incoming["keys"] = ProductQuantizer.from_state(_quantizer(saved)).decode(saved["codes"])
+        elif coded:
+            incoming["codes"], keys = saved["codes"], "codes"
+        if incoming["keys"].shape[1:] != self.keys.shape[1:]:
+            raise CheckpointError(f"saved keys are {incoming['keys'].shape[1]} wide, this memory takes {self.dim}")
+        rows = {name: len(incoming[name]) for name in [keys, *self._saved_names()[1:-1]]}
+        places = incoming["soft_row"]
+        if len(set(rows.values())) > 1 or (len(places) and int(places.max()) >= len(incoming["soft"])):
+            raise CheckpointError(f"the saved tensors do not fit together, they have these rows: {rows}")
+        return incoming
+
+
+def _quantizer(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The codebooks among saved tensors."""
+    return {name.removeprefix(QUANTIZER): saved[name] for name in saved if name.startswith(QUANTIZER)}

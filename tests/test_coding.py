@@ -325,3 +325,16 @@ def test_engines_of_raw_centers_are_refused_for_compressed_ones() -> None:
     raw.add(z, y)
     twin = compressed_head(raw)
     assert (twin.engine, twin.memory.coded, len(twin.memory)) == ("auto", True, 4200)
+
+
+def test_a_head_without_codes_takes_those_of_one_with_them() -> None:
+    coded, raw = build_head("nngk", 16, 3, bytes_per_center=8), build_head("nngk", 16, 3)
+    assert isinstance(coded, MemoryHead)
+    assert isinstance(raw, MemoryHead)
+    coded.add(torch.randn(400, 16), torch.arange(400) % 3)
+    raw.add(torch.randn(20, 16), torch.arange(20) % 3)
+    raw.load_state_dict(coded.state_dict())
+    assert torch.equal(raw.memory.keys_at(torch.arange(400)), coded.memory.keys_at(torch.arange(400)))
+    queries = torch.randn(50, 16)
+    torch.testing.assert_close(raw.eval()(queries), coded.eval()(queries), atol=1e-4, rtol=1e-4)
+    raw.drop([0])

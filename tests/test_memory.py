@@ -182,3 +182,14 @@ def test_changes_since_the_last_look() -> None:
     assert changes is not None
     assert changes.tolist() == [1, 3]
     assert memory.take_changes().tolist() == []  # type: ignore[union-attr]
+
+
+def test_a_state_whose_tensors_do_not_fit_together_changes_nothing() -> None:
+    memory = filled()
+    state = memory.state_dict()
+    for name in ("keys", "labels", "ids", "soft_row"):
+        other = filled()
+        before = {key: value.clone() for key, value in other.state_dict().items()}
+        with pytest.raises(RuntimeError, match="do not fit together"):
+            other.load_state_dict({**state, name: state[name][:-1]})
+        assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())

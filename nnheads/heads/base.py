@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -175,6 +176,13 @@ class Head(nn.Module, ABC):
         ]
         return [g for g in groups if g["params"]]
 
+    @lasting
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        return made
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         # A head computes in float32 where its model is cast to half precision.
         return cast(Self, super()._apply(partial(_applied, fn), recurse))  # type: ignore[no-untyped-call]
@@ -239,7 +247,7 @@ def nll(log_probs: Tensor, y: Tensor) -> Tensor:
         return log_probs.sum() * 0
     if y.dim() == 2:
         return -(F.pad(y, (0, log_probs.shape[1] - y.shape[1])) * log_probs).sum(-1).mean()
-    return F.nll_loss(log_probs, y)
+    return F.nll_loss(log_probs, y.long())
 
 
 def sample_ids(ids: Tensor | Sequence[int] | int) -> Tensor:

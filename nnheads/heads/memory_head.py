@@ -130,6 +130,12 @@ class MemoryHead(SearchingHead):
         super().widen(num_classes)
         self.memory.widen(self.num_classes)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        soft = state_dict.get(prefix + "memory.soft")
+        if isinstance(soft, Tensor) and soft.dim() == 2:
+            self.widen(soft.shape[1])  # first, so that layers of the head have room for what is saved
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     # ---- asking --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

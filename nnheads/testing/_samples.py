@@ -45,6 +45,7 @@ def _empty_memory(name: str, options: dict[str, Any]) -> None:
         expect_log_probs(out, len(z))
         expect_same(out, torch.full_like(out, -math.log(NUM_CLASSES)), "not uniform", 1e-5)
         expect(bool((head.neighbors(z).ids == -1).all()), "neighbors() finds something")
+        expect_same(head.explain(z).probabilities, out.exp(), "explained", 1e-5)
     head.train()
     if head.uses_memory and head.trains_with == "output":
         expect_one_line(lambda: head(z, ids=ids), EmptyMemoryError, "training without samples")
@@ -132,9 +133,12 @@ def _unseen_class(name: str, options: dict[str, Any]) -> None:
         expect(bool(torch.isfinite(head.train().loss(z, y, ids=ids))), "the loss of the new class is not finite")
         head.widen(2)
         expect(head.num_classes == NUM_CLASSES + 2, "widen() narrows")
-        again = new_head(name, head.config(), classes=head.num_classes)
-        again.load_state_dict(head.state_dict())
-        expect_same(head.eval()(z), again.eval()(z), "rebuilt after widening")
+        # A head that decides by samples takes the classes of those it loads.
+        for classes in (head.num_classes, NUM_CLASSES) if head.uses_memory else (head.num_classes,):
+            again = new_head(name, head.config(), classes=classes)
+            again.load_state_dict(head.state_dict())
+            expect_same(head.eval()(z), again.eval()(z), f"rebuilt after widening, of {classes} classes")
+            expect(bool(torch.isfinite(again.train().loss(z, y, ids=ids))), "rebuilt, the loss is not finite")
 
 
 @contract_check
@@ -172,7 +176,7 @@ def _add_and_drop(name: str, options: dict[str, Any]) -> None:
 @contract_check
 def _inference_mode(name: str, options: dict[str, Any]) -> None:
     """What was answered, learned or forgotten under `torch.inference_mode` can be changed outside of it."""
-    for inside in range(4):
+    for inside in range(5):
         head, z, y, ids = filled_head(name, options)
         if not isinstance(head, MemoryHead):
             return
@@ -185,6 +189,12 @@ def _inference_mode(name: str, options: dict[str, Any]) -> None:
                 head.drop(ids[:5])
             elif inside == 3:
                 head.widen(NUM_CLASSES + 1)
+            elif inside == 4:
+                head = copy.deepcopy(head)
+        if inside == 4:  # parameters that were copied there are as torch leaves them
+            head.drop(ids[5:9])
+            expect_log_probs(head(z), len(z))
+            continue
         head.drop(ids[5:9])
         head.add(z[9:12], y[9:12], ids[9:12])
         train(head, z, y, ids, steps=1)
