@@ -77,6 +77,10 @@ def attach_head(
         replaced = find_classifiers(model, layer)
         default_classes = replaced[0].num_classes
     names = tuple(class_names) if class_names is not None else None
+    if isinstance(head, Head):
+        asked = num_classes if num_classes is not None else max(len(names or ()), head.num_classes)
+        if asked != head.num_classes:
+            raise ConfigError(f"the head given has {head.num_classes} classes, not {asked}")
     if num_classes is None:
         num_classes = len(names) if names is not None else default_classes
     elif names is not None and len(names) != num_classes:

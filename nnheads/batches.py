@@ -12,11 +12,21 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 from nnheads.errors import DataError
 
 
+def whole_labels(y: Any) -> Tensor:
+    """Labels as a tensor, whole numbers as int64; DataError where they are no numbers."""
+    try:
+        labels = torch.as_tensor(y)
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(y[0] if isinstance(y, list | tuple) and y else y).__name__
+        raise DataError(f"labels must be numbers, not {kind}: give each class a number from 0") from None
+    return labels if labels.is_floating_point() else labels.long()
+
+
 def unpack(batch: Any, loader: Iterable[Any], position: int) -> tuple[Tensor, Tensor, Tensor]:
     """Images, labels and ids of a batch."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3) or not isinstance(batch[0], Tensor):
         raise DataError("memorize: a batch must be (x, y) or (x, y, ids) with a tensor x; see nnheads.with_ids")
-    x, y = batch[0], torch.as_tensor(batch[1])
+    x, y = batch[0], whole_labels(batch[1])
     if not y.dim():
         raise DataError(
             f"memorize: {type(loader).__name__} yields single samples, not batches: give "
@@ -35,7 +45,7 @@ def unpack(batch: Any, loader: Iterable[Any], position: int) -> tuple[Tensor, Te
         raise DataError(
             f"memorize: all ids of a batch are {int(ids[0])}: the third item must be the samples' ids, not their task"
         )
-    return x, y, ids
+    return x, y, ids.long()
 
 
 def _shuffles(loader: Iterable[Any]) -> bool:

@@ -257,6 +257,8 @@ class WithIds(Dataset[tuple[Any, Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, Any, int]:
         item = self.dataset[index]
+        if not isinstance(item, tuple | list) or len(item) < 2:
+            raise DataError(f"{type(self.dataset).__name__} yields {type(item).__name__}, not (x, y)")
         return item[0], item[1], int(index)
 
     @property

@@ -56,7 +56,9 @@ class Evaluation:
         from torchmetrics.functional.classification import multiclass_calibration_error
 
         wide = self._wide()
-        return float(multiclass_calibration_error(wide.exp(), self.labels, wide.shape[1], n_bins=15, norm="l1"))
+        wide = F.pad(wide, (0, max(0, 2 - wide.shape[1])), value=-torch.inf)  # the metric takes no single class
+        probabilities = wide.exp().clamp_max(1)  # beyond 1 by rounding, the metric would take all of them for logits
+        return float(multiclass_calibration_error(probabilities, self.labels, wide.shape[1], n_bins=15, norm="l1"))
 
     def _wide(self) -> Tensor:
         """The log-probabilities with a column for each label that occurs."""

@@ -1,7 +1,8 @@
 """The equations of nearest-neighbour heads, as plain differentiable functions.
 
-Every function is batch-first, takes and returns torch tensors, keeps the dtype it is given and holds no state. The
-sources are: NCA, Goldberger et al. 2004 in the batch form of Conv-KNN; nearest-neighbour Gaussian kernels (NNGK),
+Every function is batch-first, takes and returns torch tensors, keeps the dtype it is given and holds no state; but
+what returns logarithms of weights or shares takes float16 to float32, as float16 has no number that is small enough.
+The sources are: NCA, Goldberger et al. 2004 in the batch form of Conv-KNN; nearest-neighbour Gaussian kernels (NNGK),
 Meyer et al. 2017; impostor networks, Lebedev et al. 2018; the influence of a center, equations 10 to 13 of
 Chervontsev's review of the two.
 
@@ -26,6 +27,11 @@ Vote = Literal["uniform", "distance", "gaussian"]
 
 # Stands for minus infinity. A finite number, because the gradient of logsumexp over nothing but -inf is NaN.
 _NEVER = -1e30
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float32 in place of float16, which has no number like `_NEVER`; others as they are."""
+    return x.float() if x.dtype == torch.float16 else x
 
 
 def neighbor_distances(z: Tensor, neighbors: Tensor, metric: Metric = "l2") -> Tensor:
@@ -107,7 +113,7 @@ def kernel_log_weights(
     Returns:
         (B, k) log weights; their exponentials sum to one over the valid slots, invalid slots are about -1e30.
     """
-    scores = sq_distances / (-2 * sigma * sigma)
+    scores = _wide(sq_distances) / (-2 * sigma * sigma)
     if log_w is not None:
         scores = scores + log_w
     if valid is None:
@@ -135,13 +141,14 @@ def class_log_probs(log_weights: Tensor, values: Tensor, floor: float = 1e-6) ->
 def log_shares(log_weights: Tensor, values: Tensor) -> Tensor:
     """``log sum_i weight_i values_i`` (B, C), however small; below -1e29 where no neighbour has the class. Arguments as
     in `class_log_probs`."""
+    log_weights, values = _wide(log_weights), _wide(values)
     log_values = values.clamp_min(torch.finfo(values.dtype).tiny).log().masked_fill(values <= 0, _NEVER)
     return torch.logsumexp(log_weights.unsqueeze(-1) + log_values, dim=1)
 
 
 def floored_log_probs(log_p: Tensor, floor: float = 1e-6) -> Tensor:
     """Logarithms of shares (B, C) with the floor of `class_log_probs`, normalised."""
-    log_floor = math.log(floor)
+    log_p, log_floor = _wide(log_p), math.log(floor)
     log_p = torch.where(log_p > _NEVER / 2, log_p, torch.full_like(log_p, log_floor))
     log_p = log_p + (log_p.clamp_min(log_floor) - log_p).detach()
     return log_p.log_softmax(-1)
@@ -160,6 +167,7 @@ def vote_log_weights(distances: Tensor, valid: Tensor, vote: Vote = "uniform", s
     Returns:
         (B, k) log weights whose exponentials sum to one over the valid slots.
     """
+    distances = _wide(distances)
     if vote == "gaussian":
         return kernel_log_weights(distances.square(), sigma, valid)
     if vote == "distance":

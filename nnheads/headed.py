@@ -165,7 +165,7 @@ class HeadedModel(OpenedModel):
         Raises:
             DataError: the batches are something else, or positions cannot be ids because the loader shuffles.
         """
-        return self._embed_all(loader, replace=True)
+        return self.embed_all(loader, replace=True)
 
     def refresh(self, loader: Iterable[Any]) -> Self:
         """Embeds the stored samples anew with the backbone as it is now; call it every few epochs of training.
@@ -173,10 +173,12 @@ class HeadedModel(OpenedModel):
         As ``memorize``, but a sample that is stored keeps its soft label and its weight, and its center only moves
         where the head's centers follow their samples. ``loader`` must give each sample the id it had.
         """
-        return self._embed_all(loader, replace=False)
+        return self.embed_all(loader, replace=False)
 
     @torch.no_grad()
-    def _embed_all(self, loader: Iterable[Any], *, replace: bool) -> Self:
+    def embed_all(self, loader: Iterable[Any], *, replace: bool, same: bool = False) -> Self:
+        """`memorize` with ``replace``, `refresh` without; ``same`` where samples replaced are the same images, so that
+        their thumbnails stay."""
         if not self.head.uses_memory:
             return self
         with evaluating(self):
@@ -190,6 +192,8 @@ class HeadedModel(OpenedModel):
                         z = distributed.features(self, x.to(device))
                     z = z.clone()  # an ordinary tensor: the head may keep what it is given
                     self.head.memorize(z, y.to(device), ids=ids.to(device))
+                    if replace and not same and self.thumbnails is not None:
+                        self.thumbnails.drop(ids.tolist())
             except BaseException:
                 self.head.abandon_refresh()
                 raise

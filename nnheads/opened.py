@@ -87,7 +87,7 @@ class OpenedModel(nn.Module):
         # behind the cut may change h in place.
         projected = self.gated_head().project(h.detach())
         z = self.second_part(h)
-        return torch.cat([projected.to(z.dtype), z], 1)
+        return torch.cat([projected, z], 1)  # in the wider dtype: the projector stays in float32
 
     def first_part(self, x: Tensor) -> Tensor:
         """f1 of a model that is cut in two: what enters projector and f2, (B, ...)."""

@@ -66,8 +66,8 @@ class ShardedMemory:
     def neighbors(self, queries: Tensor, k: int) -> Found:
         """The nearest samples of all processes for this process's own queries: those that one process would find.
 
-        Queries may differ from process to process, and so may their number. Of samples that are equally far, those with
-        the lowest ids are taken.
+        Queries may differ from process to process, and so may their number. Which of
+        samples that are equally far are taken, where not all fit, is arbitrary; those taken come in the order of ids.
 
         Args:
             queries: (B, d) float32.

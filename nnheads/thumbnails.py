@@ -71,6 +71,12 @@ class Thumbnails:
         part = images.subset(torch.isin(images.ids, ids.cpu().long()))
         return cls().add(part.images, part.ids)
 
+    def renew(self, images: ImageSet) -> None:
+        """Makes those pictures anew whose samples are among these images, which may be others under the same ids."""
+        had = torch.tensor([i in self._pictures for i in images.ids.tolist()], dtype=torch.bool)
+        part = images.subset(had)
+        self.add(part.images, part.ids)
+
     def drop(self, ids: Iterable[int]) -> None:
         """Removes pictures; an id that has none is passed over."""
         for sample_id in ids:

@@ -56,9 +56,9 @@ def fit(
 
     The memory costs little: heads that train with their centers store each embedding as the first epoch produces
     it, and centers then follow their samples, so the only extra pass is the last one, in evaluation mode. The kernel
-    head's centers and alphas are learned where the backbone is frozen, and follow the samples elsewhere. On a CPU,
-    the same seed gives the same weights; the caller's random numbers are left as they were. Where the biased head cuts
-    the backbone in two, training ends with ``fit_gate``.
+    head's centers follow their samples too, but where the backbone is frozen and ``track=False`` they are learned. On
+    a CPU, the same seed gives the same weights; the caller's random numbers are left as they were. Where the biased
+    head cuts the backbone in two, training ends with ``fit_gate``.
 
     Started by ``torchrun``, processes share the backbone's work, see `nnheads.distributed`; each gets the model, the
     first one writes the checkpoint and shows progress. ``batch_size`` is that of all together.
@@ -130,6 +130,8 @@ def fit(
                 if run.trains_with_memory and epoch + 1 < epochs and refreshes_after(model.head, refresh, epoch):
                     run.embed_memory()
             run.finish()
+            if model.thumbnails is not None and isinstance(data, ImageSet):
+                model.thumbnails.renew(data)
         finally:
             model.eval()
             if run.reordered:  # saved and loaded weights are in this order: outputs stay the same to the last bit

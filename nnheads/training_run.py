@@ -124,12 +124,14 @@ class TrainingRun:
                     self.report.step(Progress(number, self.epochs, steps, self.steps, mean, rate))
                 if self.interrupt.requested:
                     break
-        except RuntimeError:
+            if not samples and not self.interrupt.requested:
+                raise DataError("there is nothing to train on: the loader gave no batch")
+        except BaseException as error:
             # Ctrl-C reaches worker processes too, and a loader complains when they end.
-            if not self.interrupt.requested:
+            if not isinstance(error, RuntimeError) or not self.interrupt.requested:
+                if storing:
+                    head.abandon_refresh()
                 raise
-        if not samples and not self.interrupt.requested:
-            raise DataError("there is nothing to train on: the loader gave no batch")
         distributed.average_statistics(self.model.backbone)
         if self.trains_with_memory:
             # Ends the storing; and centers have moved, so an automatic width is chosen anew.
@@ -189,7 +191,7 @@ class TrainingRun:
                 memory = self.model.head.memory
                 soft = (memory.soft_row[: len(memory)] >= 0).nonzero().squeeze(1)
                 ids, values = memory.ids[soft], memory.values_at(soft)
-                self.model.memorize(batches)
+                self.model.embed_all(batches, replace=True, same=True)
                 memory.relabel(ids, values)
         self.history.refresh_seconds += time.perf_counter() - started
 

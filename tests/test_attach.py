@@ -332,3 +332,11 @@ def test_a_backbone_by_name_is_remembered() -> None:
     assert headed.backbone_spec == {"name": "convnet", "num_classes": 4, "in_channels": 1}
     assert copy.deepcopy(headed).backbone_spec == headed.backbone_spec
     assert attach_head(mlp(), "dense").backbone_spec is None
+
+
+def test_a_head_given_keeps_its_classes() -> None:
+    head = build_head("knn", 6, 3)
+    for wrong in ({"num_classes": 7}, {"class_names": list("abcd")}):
+        with pytest.raises(ConfigError, match=r"the head given has 3 classes, not [74]"):
+            attach_head(mlp(), head, **wrong)
+    assert attach_head(mlp(), head, class_names=["a", "b", "c"]).head.num_classes == 3

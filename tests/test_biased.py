@@ -487,3 +487,16 @@ def test_the_pooled_projector_answers_alike_in_any_memory_format(shape: tuple[in
         torch.testing.assert_close(projector(h.to(memory_format=torch.channels_last)), found, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(projector(h[2:3]), found[2:3], atol=1e-5, rtol=1e-4)
     assert projector(h[:0]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_cast_to_another_precision_answers_alike(fitted: HeadedModel, dtype: torch.dtype) -> None:
+    x, y = images(5)
+    cast = copy.deepcopy(fitted).to(dtype).eval()
+    expected = fitted.eval()(x)
+    answer = cast(x.to(dtype))
+    assert (answer.argmax(1) == expected.argmax(1)).float().mean() > 0.95
+    new = cast.add(x[:3].to(dtype), y[:3])
+    cast.drop(new)
+    torch.testing.assert_close(cast(x.to(dtype)), answer)
+    assert cast.explain(x[:2].to(dtype)).probabilities.isfinite().all()

@@ -280,3 +280,17 @@ def test_gradients(data: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         for objective in ("expected", "log"):
             batch = c[:6].clone().requires_grad_()
             assert torch.autograd.gradcheck(lambda b, o=objective, d=distance: f.nca_loss(b, labels, o, d), (batch,))
+
+
+def test_half_precision_is_answered_in_float32() -> None:
+    g = torch.Generator().manual_seed(0)
+    squared, valid = torch.rand(B, K, generator=g).half(), torch.rand(B, K, generator=g) > 0.2
+    values = torch.eye(C)[torch.randint(0, C, (B, K), generator=g)]
+    weights = f.kernel_log_weights(squared, S, valid)
+    assert weights.dtype == torch.float32
+    assert torch.equal(weights, f.kernel_log_weights(squared.float(), S, valid))
+    for vote in ("uniform", "distance", "gaussian"):
+        made = f.vote_log_weights(squared, valid, vote)
+        assert torch.equal(made, f.vote_log_weights(squared.float(), valid, vote))
+    answer = f.class_log_probs(weights.clamp_min(-100).half(), values.half())
+    torch.testing.assert_close(answer, f.class_log_probs(weights, values), atol=0.02, rtol=0.01)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnheads.errors import ConfigError, UnknownNameError
+from nnheads.errors import ConfigError, ShapeError, UnknownNameError
 from nnheads.heads import Head, MemoryHead, build_head, list_heads, register_head, registry
 from nnheads.index import APPROXIMATE, ENGINES
 from nnheads.testing import check_head, head_checks
@@ -196,3 +196,18 @@ def test_neighbors_refuses_k_below_one(name: str, k: int) -> None:
     head.add(torch.randn(6, 4), torch.arange(6) % 2)
     with pytest.raises(ConfigError, match="k must be"):
         head.neighbors(torch.randn(2, 4), k=k)
+
+
+def test_principal_components_need_samples_enough() -> None:
+    y = torch.arange(300) % 3
+    z = torch.randn(300, 32) * 0.1 + torch.eye(32)[y] * 3
+    head = build_head("knn", 32, 3, pca=2, k=5).eval()
+    assert isinstance(head, MemoryHead)
+    with pytest.raises(ShapeError, match="1 samples are too few for the axes of pca=2: store 3 or more first"):
+        head.add(z[:1], y[:1])
+    with pytest.raises(ShapeError):
+        head.add(z[:9], y[:9] - 1)
+    assert not len(head.memory)
+    head.add(z[:200], y[:200])
+    assert (head(z[200:]).argmax(1) == y[200:]).float().mean() > 0.95
+    head.add(z[200:201], y[200:201])

@@ -31,8 +31,9 @@ from nnheads.devices import autocast_for, cpu_bfloat16, multiplies_bfloat16, res
 from nnheads.errors import ConfigError, DataError, ShapeError
 from nnheads.headed import HeadedModel
 from nnheads.heads import ImpostorHead, MemoryHead, list_heads
-from nnheads.io import load
+from nnheads.io import load, save
 from nnheads.loaders import preprocessing_of
+from nnheads.thumbnails import to_webp
 from nnheads.training import Progress, embed, evaluate, fit
 
 COUNT = 96
@@ -320,11 +321,10 @@ def test_passes_over_the_data_for_the_memory(
     head: str, options: dict[str, Any], refresh: Any, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    for name in ("refresh", "memorize"):
-        original = vars(HeadedModel)[name]
-        monkeypatch.setattr(
-            HeadedModel, name, lambda self, loader, original=original: calls.append(1) or original(self, loader)
-        )
+    original = HeadedModel.embed_all
+    monkeypatch.setattr(
+        HeadedModel, "embed_all", lambda self, loader, **how: calls.append(1) or original(self, loader, **how)
+    )
     model = model_for(head, **options)
     quick(model, points(), epochs=6, refresh=refresh)
     assert len(calls) == passes
@@ -479,6 +479,69 @@ def test_labels_outside_the_classes() -> None:
         quick(model_for("nngk"), TensorDataset(x, torch.where(y == 3, 9, y)))
 
 
+@pytest.mark.parametrize("head", ["dense", "knn", "nca", "nngk"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_whole_dtype_are_the_same_labels(head: str, dtype: torch.dtype) -> None:
+    x, y = blobs()
+    long, other = (quick(model_for(head), TensorDataset(x, labels)) for labels in (y, y.to(dtype)))
+    assert [epoch["loss"] for epoch in long.epochs] == [epoch["loss"] for epoch in other.epochs]
+    model = model_for(head).eval()
+    with torch.no_grad():
+        assert float(model.loss(x, y.to(dtype))) == float(model.loss(x, y))
+
+
+def test_samples_that_are_no_pairs_of_an_input_and_a_number_are_told() -> None:
+    x, y = blobs()
+    named: Any = [(sample, "abcd"[label]) for sample, label in zip(x, y.tolist(), strict=True)]
+    as_dict: Any = [{"image": sample, "label": label} for sample, label in zip(x, y, strict=True)]
+    for items, message in ((named, "labels must be numbers, not str"), (as_dict, r"yields dict, not \(x, y\)")):
+        for use in (quick, lambda model, data: evaluate(model, data, device="cpu")):
+            with pytest.raises(DataError, match=message):
+                use(model_for("nngk"), Items(items))
+
+
+class Items(Dataset[Any]):
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        if self.items[index] is None:
+            raise OSError("the disk is gone")
+        return self.items[index]
+
+
+def test_a_first_epoch_that_fails_leaves_compression_on() -> None:
+    x, y = blobs(200)
+    items: list[Any] = list(zip(x, y, strict=True))
+    items[150] = None
+    model = model_for("nngk", bytes_per_center=4)
+    with pytest.raises(OSError, match="the disk is gone"):
+        quick(model, Items(items), batch_size=16)
+    assert isinstance(model.head, MemoryHead)
+    before = len(model.head.memory)
+    model.add(*blobs(2000, seed=1))
+    keys = 4 * model.head.memory.dim * (before + 2000)
+    assert model.head.bytes < keys, "keys are kept as they come"
+
+
+def test_pictures_are_those_of_the_images_trained_on_last(tmp_path: Path) -> None:
+    known = image_set()
+    model = image_model("knn")
+    fit(model, known, epochs=0, progress=False)
+    model = load(save(model, tmp_path / "model", thumbnails=known), _plain_network())
+    assert model.thumbnails is not None
+    before = model.thumbnails.get(5)
+    others = ImageSet(255 - known.images[:10], known.labels[:10], ids=known.ids[:10], class_names=known.class_names)
+    fit(model, others, epochs=0, progress=False)
+    assert model.thumbnails.get(5) == to_webp(others.images[5]) != before
+    assert model.thumbnails.get(50) == to_webp(known.images[50])
+    model.memorize([(model.preprocessing(known.images[:4]), known.labels[:4], known.ids[:4])])
+    assert [i in model.thumbnails for i in range(6)] == [False] * 4 + [True] * 2
+
+
 def test_no_samples() -> None:
     empty = TensorDataset(torch.zeros(0, 8), torch.zeros(0, dtype=torch.long))
     for data in (DataLoader(empty, 4), image_set(0)):
@@ -596,3 +659,11 @@ def test_on_a_gpu(head: str) -> None:
     fit(model, image_set(), epochs=6, batch_size=16, lr=0.05, augment="crop", device="cuda", progress=False, ema=0.9)
     assert model.device.type == "cuda"
     assert evaluate(model, image_set()).accuracy > 0.8
+
+
+def test_one_class_has_a_calibration_error() -> None:
+    x, _ = blobs(20)
+    model = attach_head(model_for("dense"), "knn", num_classes=1)
+    model.add(x, torch.zeros(20, dtype=torch.long))
+    found = evaluate(model, TensorDataset(x, torch.zeros(20, dtype=torch.long)), device="cpu")
+    assert found.ece == pytest.approx(0, abs=1e-6)

@@ -172,3 +172,10 @@ def test_the_least_shrinkage_still_answers() -> None:
     assert bool(stored(flat, y, whiten=1e-6)(flat).isfinite().all())
     with pytest.raises(ConfigError, match="whiten must be 0 or at least 1e-06"):
         stored(flat, y, whiten=1e-9)
+
+
+def test_the_map_stays_in_half_precision_whatever_its_model_is_cast_to() -> None:
+    head = build_head("nngk", 16, 3, whiten=0.3)
+    before = head.whitening.matrix.clone()
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        assert torch.equal(head.to(dtype).whitening.matrix, before)

@@ -140,6 +140,9 @@ class BiasedHead(TrustedRegressionHead):
         """Features h of f1, (B, ...), to projections (B, projected)."""
         if self.projector is None:
             raise ConfigError("head 'biased' has no projector: attach_head(model, 'biased', at=...) gives it one")
+        own = next(self.projector.parameters(), None)
+        if own is not None and h.is_floating_point() and not torch.is_autocast_enabled(h.device.type):
+            h = h.to(own.dtype)  # the projector stays in float32 where its network is cast to half precision
         projected: Tensor = self.projector(h)
         return projected
 

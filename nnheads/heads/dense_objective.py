@@ -31,7 +31,7 @@ class DenseObjective(nn.Module):
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """Mean cross-entropy of embeddings (B, d) with labels (B,) or soft labels (B, C); a scalar."""
         if self.training and len(y):
-            self.seen[y if y.dim() == 1 else (y > 0).any(0).nonzero().squeeze(1)] = True
+            self.seen[y.long() if y.dim() == 1 else (y > 0).any(0).nonzero().squeeze(1)] = True
         logits: Tensor = self.layer(z.to(self.layer.weight.dtype))
         return nll(logits.masked_fill(~self.seen, -1e4).log_softmax(-1), y)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._lasting import lasting
 from ..coding import ROTATION
-from ..errors import ConfigError
+from ..errors import ConfigError, ShapeError
 from ..functional import Metric, Vote
 from ..index import Engine
 from .base import positive
@@ -95,10 +95,26 @@ class KNNHead(VotingHead):
             return loss
 
     def add(self, z: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Store samples; with ``pca`` the first ones stored outside a refresh also fit the projection."""
-        if self.pca and len(z) and not bool(self.components.any()):
-            self._fit_components(self._check(z.detach()))
-        return super().add(z, y, ids)
+        """Store samples; with ``pca`` the first ones stored outside a refresh also fit the projection, and must be more
+        than its components.
+
+        Raises:
+            ShapeError: as in `MemoryHead.add`; or they are too few to fit the projection.
+        """
+        if not self.pca or not len(z) or bool(self.components.any()):
+            return super().add(z, y, ids)
+        if isinstance(z, Tensor) and len(z) <= self.pca:
+            raise ShapeError(
+                f"head 'knn': {len(z)} samples are too few for the axes of pca={self.pca}: store {self.pca + 1} or "
+                "more first, at once"
+            )
+        try:
+            if isinstance(z, Tensor):
+                self._fit_components(self._check(z.detach()))
+            return super().add(z, y, ids)
+        except BaseException:
+            self.components.zero_()  # the next ones fit it
+            raise
 
     def memorize(self, z: Tensor, y: Tensor, *, ids: Tensor | None = None) -> None:
         if self._waiting is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,11 @@ class Whitening(nn.Module):
         values, vectors = torch.linalg.eigh(covariance)
         scale = ((1 + self.shrinkage) * variance / (values.clamp_min(0) + self.shrinkage * variance)).sqrt()
         self.matrix.copy_((vectors * scale) @ vectors.T)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.matrix = self.matrix.half()  # whatever its model is cast to: other bytes would not be those saved
+        return self
 
     def forward(self, z: Tensor) -> Tensor:
         """Embeddings (n, d) to keys (n, d)."""
