@@ -52,9 +52,13 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def check_new(path: Path) -> None:
-    """Raise ConfigError where a checkpoint is there already, which a new run would overwrite."""
+    """Raise ConfigError where something is there already, which a new run would overwrite or could not replace."""
     if is_checkpoint(path):
         raise ConfigError(f"--checkpoint {path} holds a checkpoint already: add --resume or name another folder")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--checkpoint {path} is a file: name a folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise ConfigError(f"--checkpoint {path} holds something that is not a checkpoint: name another folder")
 
 
 def experiences_done(path: Path) -> int:

@@ -177,7 +177,7 @@ def _natural(files: list[str], folder: Path, progress: Progress | None, side: in
 
         try:
             with Image.open(file) as image:
-                return (image.height, image.width), image.mode in ("1", "L", "LA", "I", "I;16", "F")
+                return (image.height, image.width), image.mode[:1] in ("1", "I", "L", "F") and image.mode != "LAB"
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             _form((1, 1), 3).open(file)  # raises the error that names the file
             raise

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from nnheads.benchmarks.locks import exclusive
 from nnheads.benchmarks.results import check_out
 from nnheads.errors import ConfigError
 
@@ -39,6 +40,20 @@ def results_folder(out: Path | None, stem: str, *, resume: bool = False) -> Iter
     finally:
         if made and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """ConfigError where another run writes to the folder, or it cannot be written to; for the length of the block no
+    other run does."""
+    with ExitStack() as held:
+        try:
+            mine = held.enter_context(exclusive(folder / ".run.lock"))
+        except OSError as error:
+            raise ConfigError(f"cannot write to {folder} ({error.strerror}): name another folder") from None
+        if not mine:
+            raise ConfigError(f"another run writes to {folder}: name another folder")
+        yield
 
 
 def newest(stem: str) -> Path | None:

@@ -11,7 +11,7 @@ import typer
 from nnheads.benchmarks.plots import MATRIX
 from nnheads.benchmarks.results import MODEL, RESULTS
 from nnheads.cli import options, screen
-from nnheads.cli.folders import results_folder, safe_stem
+from nnheads.cli.folders import alone_in, results_folder, safe_stem
 from nnheads.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def run(
             run_stream(config, None, checkpoint=checkpoint, resume=resume)
             return
         stem = safe_stem(f"{stream}-{strategy_spec(strategy).resolve_head(head)}")
-        with results_folder(out, stem, resume=resume) as folder:
+        with results_folder(out, stem, resume=resume) as folder, alone_in(folder):
             results = _run(config, folder, quiet, checkpoint, resume, tensorboard)
             if plots:
                 from nnheads.benchmarks.plots import plot_run

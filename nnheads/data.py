@@ -314,6 +314,11 @@ def materialize(dataset: Dataset[Any], class_names: Sequence[str] = ()) -> Image
 
 def _columns(items: list[Sequence[Any]]) -> list[Tensor]:
     images, *numbers = zip(*items, strict=True)
+    if not isinstance(images[0], Tensor):
+        raise ShapeError(
+            f"materialize: images must be uint8 tensors, not {type(images[0]).__name__}: give the data set "
+            "transform=torchvision.transforms.PILToTensor()"
+        )
     return [torch.stack(images), *(torch.tensor([int(v) for v in column]) for column in numbers)]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from nnheads.devices import moved
 from nnheads.errors import ConfigError, DataError, ShapeError, unknown_name
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 """Takes images (B, C, H, W) of any dtype and a CPU generator; gives images of the same shape, dtype and
@@ -79,8 +82,8 @@ class Preprocessing:
     def open(self, path: str | Path) -> Tensor:
         """Reads one image file.
 
-        The image is converted to grey or RGB and, where its size differs, resized (bilinear, antialiased) to
-        exactly ``size``: the aspect ratio is not kept.
+        The image is converted to grey or RGB of 8 bits (16 are scaled down) and, where its size differs, resized
+        (bilinear, antialiased) to exactly ``size``: the aspect ratio is not kept.
 
         Returns:
             uint8 (C, H, W).
@@ -92,7 +95,7 @@ class Preprocessing:
 
         try:
             with Image.open(path) as file:
-                image = file.convert("L" if self.channels == 1 else "RGB")
+                image = _eight_bits(file).convert("L" if self.channels == 1 else "RGB")
         except FileNotFoundError:
             raise DataError(f"no such image: {path}") from None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -131,6 +134,22 @@ class Preprocessing:
             raise ConfigError(
                 f"preprocessing: needs size, channels, mean and std, not {fields!r} ({error!r})"
             ) from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits scaled down to 8, where Pillow would clip it; others as they are.
+
+    Raises:
+        ValueError: grey values of a range that is not known.
+    """
+    from PIL import Image
+
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() >= 2**16:
+        raise ValueError("grey values of 32 bits, whose range is not known: save it with 8 or 16")
+    return Image.fromarray((values / 257).round().astype(np.uint8))
 
 
 @lru_cache(maxsize=64)

@@ -53,19 +53,25 @@ def replay(setup: Setup) -> Learner:
 
 class _ReplaysWhatThereIs:
     """ER-ACE and DER replay nothing at all while they hold fewer exemplars than a batch of them: here as many as they
-    hold at any moment."""
+    hold."""
 
     storage_policy: Any
+    _held: int | None = None
 
     @property
     def batch_size_mem(self) -> int:
         """Replayed samples a step."""
-        held = len(self.storage_policy.buffer)
-        return min(self._asked, held) if held else self._asked
+        if self._held is None:  # once an experience, as Avalanche puts its buffer together at each look
+            self._held = len(self.storage_policy.buffer)
+        return min(self._asked, self._held) if self._held else self._asked
 
     @batch_size_mem.setter
     def batch_size_mem(self, asked: int) -> None:
         self._asked = asked
+
+    def _before_training_exp(self, **kwargs: Any) -> None:
+        self._held = None
+        super()._before_training_exp(**kwargs)  # type: ignore[misc]  # of the strategy that it is mixed into
 
 
 @final

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nnheads.attach import attach_head
+from nnheads.errors import DivergedError
 from nnheads.devices import Precision, autocast_for, prefers_channels_last
 from nnheads.headed import HeadedModel
 from nnheads.heads.dense import DenseHead
@@ -127,6 +128,8 @@ class AvalancheLearner(Learner):
             self.strategy.train(stream[experience], eval_streams=[])
         elif experience == 0:
             self.strategy.train(stream, eval_streams=[])
+        if not all(bool(part.isfinite().all()) for part in self.strategy.model.parameters()):
+            raise DivergedError("training diverged: weights are not finite any more; give a lower lr")
         self._seen.update(int(c) for c in stream[experience].classes_in_this_experience)
 
     @torch.no_grad()

@@ -177,13 +177,21 @@ class ExemplarBuffer:
             codes: all of ``data.images`` by `encode`, where the caller has them.
 
         Raises:
-            DataError: a sample that is held already has another label now; nothing is changed then.
+            DataError: a sample that is held already has another label now, or another image than in an earlier
+                experience.
+            ConfigError: more classes than the budget has room for. Nothing is changed after either.
         """
         ids, first = np.unique(data.ids[rows].numpy(), return_index=True)
         held = self._count
         labels = data.labels[rows].numpy()[first]
         fresh = ~np.isin(ids, self._ids[:held])
-        self._check_known(ids[~fresh], labels[~fresh])
+        seen = self._seen | set(labels.tolist())
+        if self.budget < len(seen):
+            raise ConfigError(
+                f"a memory of {self.budget} exemplars is smaller than the {len(seen)} classes seen: give at least one "
+                "exemplar a class"
+            )
+        self._check_known(data, rows[torch.from_numpy(first[~fresh])], experience, codes)
         ids, first, labels = ids[fresh], first[fresh], labels[fresh]
         self._seen.update(labels.tolist())
         priority = priorities(ids, self.seed)
@@ -304,18 +312,30 @@ class ExemplarBuffer:
         self.seed = int(values["seed"])
         self._seen = {int(label) for label in values["classes_seen"]}
 
-    def _check_known(self, ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
-        """DataError where samples that are held (n,) do not have these labels (n,)."""
-        if not len(ids):
+    def _check_known(self, data: ImageSet, rows: Tensor, experience: int, codes: Tensor | None) -> None:
+        """DataError where samples that are held, at positions (n,), are others than those held under their ids."""
+        if not len(rows):
             return
+        ids, labels = data.ids[rows].numpy(), data.labels[rows].numpy()
         order = self._ids[: self._count].argsort()
-        held = self._labels[order[np.searchsorted(self._ids[order], ids)]]
-        wrong = np.flatnonzero(held != labels)
+        held = order[np.searchsorted(self._ids[order], ids)]
+        wrong = np.flatnonzero(self._labels[held] != labels)
         if len(wrong):
             i = wrong[0]
             raise DataError(
-                f"id {ids[i]} is that of a sample of class {held[i]} already, and now of one of class {labels[i]}: ids "
-                "must not repeat over the experiences of a stream"
+                f"id {ids[i]} is that of a sample of class {self._labels[held[i]]} already, and now of one of class "
+                f"{labels[i]}: ids must not repeat over the experiences of a stream"
+            )
+        # Within an experience a sample may be offered more than once.
+        earlier = torch.from_numpy(np.flatnonzero(self._since[held] < experience))
+        if not self.keeps_images or not len(earlier):
+            return
+        given = self.encode(data.images[rows[earlier]]) if codes is None else codes[rows[earlier]]
+        other = (given != self._images[torch.from_numpy(held)[earlier]]).flatten(1).any(1).nonzero().flatten()
+        if len(other):
+            raise DataError(
+                f"id {ids[earlier[other[0]]]} is that of another image of an earlier experience: ids must not repeat "
+                "over the experiences of a stream"
             )
 
     @staticmethod

@@ -16,6 +16,18 @@ from nnheads.heads.kernel_vote import KernelVoteHead
 from nnheads.strategies.refill import EMBED_BATCH
 
 
+def check_trains_by_batches(strategy: Any) -> None:
+    """ConfigError for strategies of Avalanche that do not train one model on the batches of a stream with ids."""
+    from avalanche.training.plugins import GDumbPlugin
+    from avalanche.training.supervised import DER, ER_ACE
+
+    kind = type(strategy).__name__
+    if isinstance(strategy, DER | ER_ACE):
+        raise ConfigError(f"the center plugin does not work with {kind}, which takes no ids in its batches")
+    if any(isinstance(plugin, GDumbPlugin) for plugin in strategy.plugins):
+        raise ConfigError(f"the center plugin does not work with {kind}, which trains another model in each experience")
+
+
 def evaluation_batches(strategy: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches (x, y, ids) of D_e with the transforms of evaluation."""
     for batch in DataLoader(strategy.experience.dataset.eval(), batch_size=EMBED_BATCH):
@@ -37,8 +49,9 @@ def prepared(model: HeadedModel, x: Tensor) -> Tensor:
 def with_batch_ids(
     strategy: Any, model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The ids of the batch for a strategy that calls its model with the images alone."""
-    if model.training and len(args) == 1 and "ids" not in given and len(strategy.mbatch) == 4:
+    """The ids of the batch for a strategy that calls its model with the images alone; other images have none."""
+    batch = strategy.mbatch
+    if model.training and len(args) == 1 and "ids" not in given and len(batch) == 4 and args[0] is batch[0]:
         given = {**given, "ids": strategy.mbatch[2]}
     return args, given
 

@@ -17,6 +17,7 @@ from nnheads.strategies.averaged import averaged_copy
 from nnheads.strategies.budget import center_bytes, centers_within
 from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.center_data import (
+    check_trains_by_batches,
     evaluation_batches,
     headed_with_centers,
     kernel_head,
@@ -45,8 +46,9 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
     trained. The budget holds at every moment.
 
     Works with any Avalanche strategy whose model is a `HeadedModel` with a head that votes with Gaussian kernels
-    (impostor, nngk) and whose items are ``(x, y, id)``, ``x`` an input of the model or a raw uint8 image. Where the
-    strategy calls the model without ids, the plugin hands it those of the batch.
+    (impostor, nngk) and whose items are ``(x, y, id)``, ``x`` an input of the model or a raw uint8 image: plain ones,
+    Replay, EWC, SI, LwF, GEM and the like, but not ER-ACE, DER and GDumb. Where the strategy calls the model with the
+    batch and no ids, the plugin hands it those of the batch.
 
     Args:
         n_t: epochs before the update.
@@ -127,6 +129,7 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
                 f"train_epochs must be n_t + n_f = {self.n_t} + {self.n_f}, not {strategy.train_epochs}: the centers "
                 "are updated after n_t epochs"
             )
+        check_trains_by_batches(strategy)
         if isinstance(strategy, ReplayStrategy) and self._buffer is not strategy.buffer:
             raise ConfigError("ReplayStrategy keeps the exemplars itself: give the plugin buffer=strategy.buffer")
         headed_with_centers(strategy.model)

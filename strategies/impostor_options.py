@@ -79,6 +79,7 @@ class ImpostorOptions:
         for name, used, by in (
             ("drift_weight", self.drift == "distill", "drift='distill'"),
             ("ridge", self.redistribute == "least-squares", "redistribute='least-squares'"),
+            ("balanced", self.n_a is not None, "n_a=N"),
             ("rounds", exchanges or self.drop == "best", "a choice of centers: choose='worst', drop='best' or n_a=N"),
         ):
             if not used and getattr(self, name) != getattr(ImpostorOptions, name):

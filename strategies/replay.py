@@ -34,7 +34,7 @@ from nnheads.heads.memory_head import MemoryHead
 from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.plugins import silent_evaluator
 from nnheads.strategies.refill import EMBED_BATCH, check_finite, refill
-from nnheads.strategies.replay_loader import ReplayLoader
+from nnheads.strategies.replay_loader import ReplayLoader, WithoutTasks
 from nnheads.strategies.views import ContrastiveViews
 
 _CHECKED: Final = 50  # steps of a GPU between two looks at the embeddings
@@ -49,7 +49,8 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
     not hold leave before the first. After each experience the memory is filled anew with
     exactly the buffer's samples, embedded in evaluation mode.
 
-    Works on any Avalanche benchmark whose items are ``(x, y, id)`` with raw uint8 images. Avalanche's plugins and
+    Works on any Avalanche benchmark whose items are ``(x, y, id)`` with raw uint8 images; an id stands for one sample of
+    the whole stream, not of an experience. Avalanche's plugins and
     loggers work as usual; with an evaluator that has metrics, the head's output is computed a second time each step.
 
     Args:
@@ -204,7 +205,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         loader = BatchLoader(
             data, self.preprocessing, self.eval_mb_size, device=self.device, channels_last=self.channels_last
         )
-        self.dataloader = ((x, y, ids, torch.zeros_like(y)) for x, y, ids in loader)
+        self.dataloader = WithoutTasks(loader)
 
     def check_model_and_optimizer(self, reset_optimizer_state: bool = False, **kwargs: Any) -> None:
         """Parameters that a wider head brought join the optimizer, those they replaced leave it."""
@@ -261,7 +262,9 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
     def criterion(self) -> Tensor:
         """The training loss; in evaluation the negative log-likelihood."""
         if not self.is_training:
-            return F.nll_loss(self.mb_output, self.mb_y)
+            # A test stream may have classes that the head has not met: none of them is its answer.
+            missing = int(self.mb_y.max()) + 1 - self.mb_output.shape[1]
+            return F.nll_loss(F.pad(self.mb_output, (0, max(0, missing)), value=-torch.inf), self.mb_y)
         loss = self.head.loss(self._features, self.mb_y, ids=self.mb_ids)
         if self.further_loss is not None:
             distributed.refuse("a loss of the old network's embeddings")

@@ -18,6 +18,20 @@ _DECODED_BYTES: Final = 2**31  # of exemplars that are kept decoded at most
 
 
 @final
+class WithoutTasks:
+    """Batches ``(x, y, ids, t)`` of a loader of ``(x, y, ids)``, as Avalanche takes them, all of task 0."""
+
+    def __init__(self, loader: BatchLoader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        return ((x, y, ids, torch.zeros_like(y)) for x, y, ids in self.loader)
+
+
+@final
 class ReplayLoader:
     """Batches ``[x, y, ids, t]``: new samples first, then replayed ones that came with earlier experiences.
 

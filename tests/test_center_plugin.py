@@ -506,3 +506,60 @@ def test_an_experience_without_data_is_named() -> None:
 
     with pytest.raises(DataError, match="experience 3 of the stream has no samples"):
         CenterPlugin(budget=5).before_train_dataset_adaptation(Empty())
+
+
+def test_strategies_that_do_not_train_on_batches_with_ids_are_refused() -> None:
+    import_avalanche()
+    from avalanche.training.plugins import GDumbPlugin
+    from avalanche.training.supervised import DER, ER_ACE
+
+    from nnheads.strategies.center_plugin import CenterPlugin
+    from nnheads.strategies.plugins import silent_evaluator
+
+    benchmark = benchmark_of([points(48, 0)])
+    for kind in (DER, ER_ACE):
+        model = model_of()
+        strategy = kind(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+            criterion=nn.NLLLoss(),
+            mem_size=20,
+            plugins=[CenterPlugin(budget=12)],
+            evaluator=silent_evaluator(),
+        )
+        with pytest.raises(ConfigError, match=f"does not work with {kind.__name__}, which takes no ids"):
+            learn(strategy, benchmark.train_stream[0])
+    strategy = naive(model_of(), CenterPlugin(budget=12))
+    strategy.plugins.append(GDumbPlugin(20))
+    with pytest.raises(ConfigError, match="which trains another model in each experience"):
+        learn(strategy, benchmark.train_stream[0])
+
+
+def test_a_memory_that_another_plugin_passes_has_no_ids_of_the_batch() -> None:
+    import_avalanche()
+    from avalanche.training.supervised import AGEM
+
+    from nnheads.strategies.center_plugin import CenterPlugin
+    from nnheads.strategies.plugins import silent_evaluator
+
+    benchmark = benchmark_of([points(48, 0, (0, 1)), points(48, 100, (2,))])
+    model = model_of()
+    strategy = AGEM(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        criterion=nn.NLLLoss(),
+        patterns_per_exp=10,
+        sample_size=10,
+        train_mb_size=16,
+        plugins=[CenterPlugin(budget=12)],
+        evaluator=silent_evaluator(),
+    )
+    given = []
+    model.register_forward_pre_hook(
+        lambda module, args, named: given.append((len(args[0]), named.get("ids"))) if module.training else None,
+        with_kwargs=True,
+    )
+    for experience in benchmark.train_stream:
+        learn(strategy, experience)
+    assert len(model.head.memory) <= 12
+    assert any(count == 10 for count, _ in given), "the memory was not passed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -332,3 +333,20 @@ def test_a_subset_by_mask_is_the_subset_by_position() -> None:
     assert data.subset(data.labels == 1).ids.tolist() == [1, 3, 5]
     with pytest.raises(ShapeError, match="mask must be"):
         data.subset(torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_images_of_16_bits_are_scaled_down(suffix: str, tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
+    expected = torch.arange(256).view(1, 16, 16)
+    for channels in (1, 3):
+        form = Preprocessing((16, 16), channels, (0.0,) * channels, (1.0,) * channels)
+        assert torch.equal(form.open(tmp_path / f"deep.{suffix}").long(), expected.expand(channels, -1, -1))
+
+
+def test_grey_values_of_an_unknown_range_are_told(tmp_path: Path) -> None:
+    for values in (np.full((4, 4), 0.5, np.float32), np.full((4, 4), 2**20, np.int32)):
+        Image.fromarray(values).save(tmp_path / "wide.tif")
+        with pytest.raises(DataError, match=r"wide\.tif \(grey values of 32 bits, whose range is not known"):
+            Preprocessing((4, 4), 1, (0.0,), (1.0,)).open(tmp_path / "wide.tif")

@@ -381,6 +381,7 @@ def test_mistakes_in_the_options() -> None:
         ({"choose": "best"}, "choose must be one of"),
         ({"ridge": 0.1}, "ridge does nothing without redistribute='least-squares'"),
         ({"drift_weight": 0.1, "drift": "free"}, "drift_weight does nothing without drift='distill'"),
+        ({"balanced": False}, "balanced does nothing without n_a=N"),
         ({"rounds": 2}, "rounds does nothing without a choice of centers"),
         ({"views": 3}, "views must be 1 or 2, not 3"),
         ({"replay_dropped": 1}, "replay_dropped must be true or false, not 1"),

@@ -20,6 +20,7 @@ import nnheads.storage
 from nnheads.benchmarks import runner
 from nnheads.benchmarks.checkpoint import experiences_done
 from nnheads.benchmarks.runner import RunConfig, run
+from nnheads.errors import ConfigError
 
 QUICK = RunConfig(epochs=1, memory=50)
 KINDS = {
@@ -132,3 +133,17 @@ def test_a_model_that_was_saved_before_the_kill_is_no_hindrance(
     assert (tmp_path / "out" / "model").is_dir()
     found = run(QUICK, tmp_path / "out", checkpoint=tmp_path / "state", resume=True)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
+
+
+def test_two_runs_never_write_to_one_folder(tmp_path: Path) -> None:
+    from nnheads.benchmarks.locks import exclusive
+    from nnheads.cli.folders import alone_in
+
+    with alone_in(tmp_path), pytest.raises(ConfigError, match="another run writes to"), alone_in(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+    command = [sys.executable, "-m", "nnheads", "run", "split-digits", "--out", str(tmp_path)]
+    with exclusive(tmp_path / ".run.lock"):
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"another run writes to {tmp_path}: name another folder" in done.stderr

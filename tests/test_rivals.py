@@ -14,7 +14,7 @@ from nnheads.benchmarks.config import RunConfig
 from nnheads.benchmarks.run_setup import build_learner, load_stream
 from nnheads.benchmarks.streams import Stream, make_stream
 from nnheads.data import Preprocessing
-from nnheads.errors import ConfigError
+from nnheads.errors import ConfigError, DivergedError
 from nnheads.strategies import list_strategies, strategy_spec
 from nnheads.strategies.avalanche_options import DEROptions, GDumbOptions
 from nnheads.strategies.learner import Learner
@@ -233,3 +233,26 @@ class TestViews:
         mirrored = self.views(x).mean((1, 2))
         assert bool((straight[:, -1] >= straight[:, 0] - 1e-4).all())
         assert not bool((mirrored[:, -1] >= mirrored[:, 0] - 1e-4).all())
+
+
+@pytest.mark.parametrize("name", ["der", "er-ace", "avalanche-replay", "gem"])
+def test_weights_that_are_not_finite_end_a_run_as_ours_do(name: str) -> None:
+    made = learner(name, learning_rate=1e30)
+    with pytest.raises(DivergedError, match="training diverged: weights are not finite any more; give a lower lr"):
+        made.learn(0)
+
+
+def test_der_puts_its_buffer_together_once_an_experience(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = learner("der", replay_batch=8)
+    strategy = strategy_of(made)
+    made.learn(0)
+    held = len(strategy.storage_policy.buffer)
+    looks = []
+    policy = type(strategy.storage_policy)
+    whole = policy.buffer
+    monkeypatch.setattr(policy, "buffer", property(lambda self: looks.append(1) or whole.fget(self)))
+    assert strategy.batch_size_mem == 8
+    strategy.batch_size_mem = 10_000
+    made.learn(1)
+    assert strategy.batch_size_mem == held
+    assert len(looks) < 8, "at each step"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nnheads.benchmarks.streams import Stream, make_stream
 from nnheads.data import ImageSet
-from nnheads.errors import ConfigError, DivergedError, UnknownNameError
+from nnheads.errors import ConfigError, DataError, DivergedError, UnknownNameError
 from nnheads.heads.memory_head import MemoryHead
 from nnheads.strategies import list_strategies, strategy_spec
 from nnheads.strategies.buffer import ExemplarBuffer
@@ -132,6 +132,11 @@ def test_buffer_never_exceeds_budget_or_quota(budget: int, batches: list[list[tu
             torch.tensor(list(samples)),
             tuple("abcde"),
         )
+        if len({*buffer.classes_seen, *data.labels.tolist()}) > budget:
+            with pytest.raises(ConfigError, match=r"smaller than the . classes seen"):
+                buffer.offer(data, torch.arange(len(data)))
+            assert set(buffer.ids.tolist()) == held
+            continue
         change = buffer.offer(data, torch.arange(len(data)))
         assert len(buffer) <= budget
         assert all(count <= buffer.quota for count in torch.bincount(buffer.labels).tolist())
@@ -391,6 +396,33 @@ def test_avalanche_evaluates_and_logs_it_like_its_own() -> None:
     assert any(name.startswith("Top1_Acc_Epoch/train_phase") for name in trained)
 
 
+def test_avalanche_evaluates_classes_to_come_and_shows_its_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    import_avalanche()
+    from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+    from avalanche.logging import InteractiveLogger
+    from avalanche.training.plugins import EvaluationPlugin
+
+    from nnheads.attach import attach_head
+    from nnheads.strategies.replay import ReplayStrategy
+
+    stream = small_stream()
+    with quiet_avalanche():
+        strategy = ReplayStrategy(
+            model=attach_head(replay_setup(stream).backbone, "knn", num_classes=2),
+            preprocessing=stream.preprocessing,
+            buffer=ExemplarBuffer(20, SHAPE),
+            learning_rate=0.05,
+            evaluator=EvaluationPlugin(
+                accuracy_metrics(stream=True), loss_metrics(stream=True), loggers=[InteractiveLogger()]
+            ),
+        )
+        strategy.train(stream.benchmark.train_stream[0], eval_streams=[])
+        found = strategy.eval(stream.benchmark.test_stream)
+    [accuracy] = [v for name, v in found.items() if name.startswith("Top1_Acc_Stream/eval_phase")]
+    counts = [len(stream.test_indices(e)) for e in range(len(stream))]
+    assert 0 < accuracy <= counts[0] / sum(counts), "classes to come cannot be right"
+
+
 def test_a_wider_head_joins_the_optimizer() -> None:
     from nnheads.strategies.replay_learner import ReplayLearner
 
@@ -444,3 +476,17 @@ def test_gem_projects_onto_the_nearest_gradient_that_hurts_nothing() -> None:
     mix = torch.linalg.lstsq(plugin.G.T, (projected - g).unsqueeze(1)).solution.squeeze(1)
     assert bool((mix > -1e-4).all())
     assert float(((plugin.G @ projected) * mix).abs().max()) < 0.05 * float(mix.max())
+
+
+def test_an_id_that_comes_again_with_another_image_is_told() -> None:
+    for exemplar_bytes in (None, 192):
+        size = (3, 16, 16)
+        first = ImageSet(torch.randint(0, 255, (30, *size), dtype=torch.uint8), torch.arange(30) % 3)
+        second = ImageSet(255 - first.images, first.labels)
+        buffer = ExemplarBuffer(12, size, exemplar_bytes=exemplar_bytes)
+        buffer.offer(first, torch.arange(30))
+        buffer.offer(first, torch.arange(30), 1)  # the same samples again
+        held = buffer.ids
+        with pytest.raises(DataError, match="another image of an earlier experience: ids must not repeat"):
+            buffer.offer(second, torch.arange(30), 1)
+        assert torch.equal(buffer.ids, held)
