@@ -68,7 +68,9 @@ class StreamComparison:
         if self.rates and self.base.validation is None:
             raise ConfigError("learning rates are chosen on held-out training images: give --validation, as 0.1")
         if self.rates and not self.free_variants:
-            raise ConfigError("every strategy has a learning rate of its own or trains no weights: there is none to choose")
+            raise ConfigError(
+                "every strategy has a learning rate of its own or trains no weights: there is none to choose"
+            )
         names = [variant.name for variant in self.variants]
         for name in names:
             if names.count(name) > 1:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nnheads.attach import attach_head
-from nnheads.errors import DivergedError
 from nnheads.devices import Precision, autocast_for, prefers_channels_last
+from nnheads.errors import DivergedError
 from nnheads.headed import HeadedModel
 from nnheads.heads.dense import DenseHead
 from nnheads.strategies.learner import Learner, Setup

@@ -49,9 +49,9 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
     not hold leave before the first. After each experience the memory is filled anew with
     exactly the buffer's samples, embedded in evaluation mode.
 
-    Works on any Avalanche benchmark whose items are ``(x, y, id)`` with raw uint8 images; an id stands for one sample of
-    the whole stream, not of an experience. Avalanche's plugins and
-    loggers work as usual; with an evaluator that has metrics, the head's output is computed a second time each step.
+    Works on any Avalanche benchmark whose items are ``(x, y, id)`` with raw uint8 images; an id stands for one sample
+    of the whole stream, not of an experience. Avalanche's plugins and loggers work as usual; with an evaluator that has
+    metrics, the head's output is computed a second time each step.
 
     Args:
         model: backbone and head; the head has room for all classes, or widens as they come.

@@ -191,14 +191,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["run", "split-digits", "--checkpoint", "runs"], r"runs holds something that is not a checkpoint: name another"),
     (["run", "split-digits", "--checkpoint", "broken.png"], r"--checkpoint broken\.png is a file: name a folder"),
     (
-        [
-            "compare",
-            "--stream",
-            "split-digits",
-            "--strategies",
-            "slda",
-            *["--lr", "0.1,0.2", "--pick-lr", "--validation", "0.1"],
-        ],
+        ["compare", "--stream", "split-digits", "--strategies=slda", "--lr=0.1,0.2", "--pick-lr", "--validation=0.1"],
         r"every strategy has a learning rate of its own or trains no weights",
     ),
     (["run", "split-digits", "--strategy-option", "n_a=1"], r"unknown option .*'replay' 'n_a'; known: replay_dropped"),
