@@ -27,6 +27,11 @@ CONTESTS = [
         "-m2000",
     ),
     ("By default, 1,000 raw exemplars and a dense head:", "contest-split-cifar10/raw-exemplars", "-m1000"),
+    (
+        "At a rate of 0.1, the bytes of 1,000 images (the second row drops exemplars at once):",
+        "contest-split-cifar10/rate-0.1",
+        "-m1000",
+    ),
     ("Codebooks of 4 bits, whole runs:", "contest-split-cifar10/codebooks", "-m200"),
 ]
 
@@ -93,6 +98,16 @@ def test_a_rate_is_the_best_of_its_row_on_held_out_images(
         passed = sorted({run["gradient_samples"] for run in runs.values() if run is not None})
         assert samples == " to ".join(f"{n:,}" for n in dict.fromkeys([passed[0], passed[-1]])), name
         assert rates[name] == max((rate for rate in row if row[rate]), key=lambda rate: float(row[rate])), name
+
+
+def test_rates_tried_after_the_whole_stream_are_those_of_its_runs() -> None:
+    document = ROOT / "benchmarks" / "README.md"
+    folder = "contest-split-cifar10/validation"
+    for row in _table(document, "#### The learning rates", "| strategy | two fifths, 0.03 |"):
+        for column, shown in list(row.items())[1:]:
+            share, rate = column.split(", ")
+            where = folder if share == "two fifths" else f"{folder}-whole"
+            assert shown == _accuracy(_run(where, f"{row['strategy']}+lr={rate}-m1000-s0")), (row, column)
 
 
 @pytest.mark.parametrize(
