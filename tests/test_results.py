@@ -32,6 +32,7 @@ CONTESTS = [
         "contest-split-cifar10/rate-0.1",
         "-m1000",
     ),
+    ("At a rate of 0.1, the bytes of 200 images:", "contest-split-cifar10/rate-0.1", "-m200"),
     ("Codebooks of 4 bits, whole runs:", "contest-split-cifar10/codebooks", "-m200"),
 ]
 
