@@ -48,6 +48,8 @@ def explain(
         raise ConfigError("explain needs --out page.html, or --json")
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"--out {out} must be a file in a folder that is there")
+    if out is not None and out.exists() and out.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--out {out} is there already and no page: name another file, as page.html")
     gone = _dropped(what_if)
     with screen.interruptible(lambda: "nothing"):
         import torch

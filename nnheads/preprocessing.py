@@ -82,8 +82,8 @@ class Preprocessing:
     def open(self, path: str | Path) -> Tensor:
         """Reads one image file.
 
-        The image is converted to grey or RGB of 8 bits (16 are scaled down) and, where its size differs, resized
-        (bilinear, antialiased) to exactly ``size``: the aspect ratio is not kept.
+        The image is converted to grey or RGB of 8 bits (16 are scaled down), turned as its EXIF orientation says and,
+        where its size differs, resized (bilinear, antialiased) to exactly ``size``: the aspect ratio is not kept.
 
         Returns:
             uint8 (C, H, W).
@@ -91,11 +91,11 @@ class Preprocessing:
         Raises:
             DataError: if the file is missing or is not an image; the message names it.
         """
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
             with Image.open(path) as file:
-                image = _eight_bits(file).convert("L" if self.channels == 1 else "RGB")
+                image = _eight_bits(ImageOps.exif_transpose(file)).convert("L" if self.channels == 1 else "RGB")
         except FileNotFoundError:
             raise DataError(f"no such image: {path}") from None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

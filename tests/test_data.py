@@ -350,3 +350,13 @@ def test_grey_values_of_an_unknown_range_are_told(tmp_path: Path) -> None:
         Image.fromarray(values).save(tmp_path / "wide.tif")
         with pytest.raises(DataError, match=r"wide\.tif \(grey values of 32 bits, whose range is not known"):
             Preprocessing((4, 4), 1, (0.0,), (1.0,)).open(tmp_path / "wide.tif")
+
+
+def test_an_image_is_turned_as_its_exif_orientation_says(tmp_path: Path) -> None:
+    upright = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    form = Preprocessing((8, 8), 1, (0.0,), (1.0,))
+    assert torch.equal(form.open(tmp_path / "phone.png"), form.open(tmp_path / "upright.png"))

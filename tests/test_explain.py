@@ -309,3 +309,14 @@ def test_the_page_in_a_browser(page: Path, tmp_path: Path, width: int, dark: boo
     for color in seen["contrast"]:
         lighter, darker = max(light(color), behind), min(light(color), behind)
         assert (lighter + 0.05) / (darker + 0.05) > 4.5  # WCAG 2 AA
+
+
+def test_a_page_takes_no_place_of_an_image_or_a_model(
+    saved: Path, queries: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kept in (queries[0], saved / "head.json"):
+        before = kept.read_bytes()
+        code, _, err = _run(capsys, "explain", saved, queries[0], "--out", kept)
+        assert code == 2
+        assert "is there already and no page: name another file" in err
+        assert kept.read_bytes() == before
