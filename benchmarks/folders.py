@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 LARGEST_NATURAL = 64
 FALLBACK_SIZE = (64, 64)
+_ORIENTATION: Final = 0x0112  # EXIF's tag of how an image is to be turned
 _CHUNK = 256
 
 
@@ -177,7 +178,9 @@ def _natural(files: list[str], folder: Path, progress: Progress | None, side: in
 
         try:
             with Image.open(file) as image:
-                return (image.height, image.width), image.mode[:1] in ("1", "I", "L", "F") and image.mode != "LAB"
+                turned = image.getexif().get(_ORIENTATION, 1) > 4  # a quarter, so that height and width change places
+                size = (image.width, image.height) if turned else (image.height, image.width)
+                return size, image.mode in ("1", "L", "LA", "La", "F") or image.mode[0] == "I"
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             _form((1, 1), 3).open(file)  # raises the error that names the file
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,8 @@ def exclusive(path: Path) -> Iterator[bool]:
     """Tries to lock a file for the length of the block.
 
     The lock belongs to the open file: the kernel lifts it when the process ends in whatever way, so that none goes
-    stale. The file has the process's number in it, for people, and is removed with the lock.
+    stale. The file has the process's number in it, for people, and is removed with the lock. Where flock is not,
+    nothing is locked.
 
     Args:
         path: the file, made where it is missing, in a folder that is made too.
@@ -23,6 +23,9 @@ def exclusive(path: Path) -> Iterator[bool]:
         False where another process holds the lock; then nothing is locked.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if os.name != "posix":
+        yield True
+        return
     handle = _locked(path)
     if handle is None:
         yield False
@@ -44,6 +47,8 @@ def tidy(path: Path) -> None:
 
 
 def _locked(path: Path) -> int | None:
+    import fcntl
+
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:

@@ -123,9 +123,10 @@ def _picture(path: Path) -> bytes:
     """An image file as a small picture, in its own proportions."""
     import io
 
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with Image.open(path) as file:
+        ImageOps.exif_transpose(file, in_place=True)
         picture = file.convert("RGB")
         picture.thumbnail((320, 320))
         code = io.BytesIO()

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 from nnheads.errors import DataError
 
 
-def whole_labels(y: Any) -> Tensor:
+def label_tensor(y: Any) -> Tensor:
     """Labels as a tensor, whole numbers as int64; DataError where they are no numbers."""
     try:
         labels = torch.as_tensor(y)
@@ -26,7 +26,7 @@ def unpack(batch: Any, loader: Iterable[Any], position: int) -> tuple[Tensor, Te
     """Images, labels and ids of a batch."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3) or not isinstance(batch[0], Tensor):
         raise DataError("memorize: a batch must be (x, y) or (x, y, ids) with a tensor x; see nnheads.with_ids")
-    x, y = batch[0], whole_labels(batch[1])
+    x, y = batch[0], label_tensor(batch[1])
     if not y.dim():
         raise DataError(
             f"memorize: {type(loader).__name__} yields single samples, not batches: give "

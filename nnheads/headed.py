@@ -152,12 +152,13 @@ class HeadedModel(OpenedModel):
             raise ConfigError(f"head {self.head.name!r} stores no samples {purpose}; heads that do: {', '.join(able)}")
         return self.head
 
-    def memorize(self, loader: Iterable[Any]) -> Self:
+    def memorize(self, loader: Iterable[Any], *, same_images: bool = False) -> Self:
         """Embeds all samples, in evaluation mode, and stores them in the head's memory; no-op for a head without.
 
         Args:
             loader: yields ``(x, y, ids)`` a batch; or ``(x, y)``, in which case a sample's position in the loader is
                 its id, so a second loader needs ids of its own. A sample whose id is stored replaces it.
+            same_images: whether samples replace only themselves, so that their thumbnails stay.
 
         Returns:
             The model.
@@ -165,7 +166,7 @@ class HeadedModel(OpenedModel):
         Raises:
             DataError: the batches are something else, or positions cannot be ids because the loader shuffles.
         """
-        return self.embed_all(loader, replace=True)
+        return self._embed_all(loader, replace=True, same_images=same_images)
 
     def refresh(self, loader: Iterable[Any]) -> Self:
         """Embeds the stored samples anew with the backbone as it is now; call it every few epochs of training.
@@ -173,12 +174,10 @@ class HeadedModel(OpenedModel):
         As ``memorize``, but a sample that is stored keeps its soft label and its weight, and its center only moves
         where the head's centers follow their samples. ``loader`` must give each sample the id it had.
         """
-        return self.embed_all(loader, replace=False)
+        return self._embed_all(loader, replace=False, same_images=True)
 
     @torch.no_grad()
-    def embed_all(self, loader: Iterable[Any], *, replace: bool, same: bool = False) -> Self:
-        """`memorize` with ``replace``, `refresh` without; ``same`` where samples replaced are the same images, so that
-        their thumbnails stay."""
+    def _embed_all(self, loader: Iterable[Any], *, replace: bool, same_images: bool) -> Self:
         if not self.head.uses_memory:
             return self
         with evaluating(self):
@@ -192,7 +191,7 @@ class HeadedModel(OpenedModel):
                         z = distributed.features(self, x.to(device))
                     z = z.clone()  # an ordinary tensor: the head may keep what it is given
                     self.head.memorize(z, y.to(device), ids=ids.to(device))
-                    if replace and not same and self.thumbnails is not None:
+                    if not same_images and self.thumbnails is not None:
                         self.thumbnails.drop(ids.tolist())
             except BaseException:
                 self.head.abandon_refresh()

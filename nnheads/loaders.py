@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SubsetRandomSampler, default_collate
 
-from nnheads.batches import whole_labels
+from nnheads.batches import label_tensor
 from nnheads.data import Augmentation, BatchLoader, ImageSet, WithIds, get_augmentation, leaves_one, with_ids
 from nnheads.errors import ConfigError, DataError, ShapeError
 from nnheads.preprocessing import Preprocessing
@@ -94,7 +94,7 @@ class Batches:
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         if not isinstance(batch, tuple | list) or len(batch) not in (2, 3) or not isinstance(batch[0], Tensor):
             raise DataError("a batch must be (x, y) or (x, y, ids) with a tensor x; see nnheads.with_ids")
-        x, y = batch[0], whole_labels(batch[1])
+        x, y = batch[0], label_tensor(batch[1])
         if len(batch) == 2:
             if self.target.needs_ids:
                 raise DataError("the head stores samples and needs their ids: let the loader yield (x, y, ids)")

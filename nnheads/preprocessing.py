@@ -95,7 +95,8 @@ class Preprocessing:
 
         try:
             with Image.open(path) as file:
-                image = _eight_bits(ImageOps.exif_transpose(file)).convert("L" if self.channels == 1 else "RGB")
+                ImageOps.exif_transpose(file, in_place=True)
+                image = _eight_bits(file).convert("L" if self.channels == 1 else "RGB")
         except FileNotFoundError:
             raise DataError(f"no such image: {path}") from None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

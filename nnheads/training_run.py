@@ -191,7 +191,7 @@ class TrainingRun:
                 memory = self.model.head.memory
                 soft = (memory.soft_row[: len(memory)] >= 0).nonzero().squeeze(1)
                 ids, values = memory.ids[soft], memory.values_at(soft)
-                self.model.embed_all(batches, replace=True, same=True)
+                self.model.memorize(batches, same_images=True)
                 memory.relabel(ids, values)
         self.history.refresh_seconds += time.perf_counter() - started
 

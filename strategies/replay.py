@@ -34,7 +34,7 @@ from nnheads.heads.memory_head import MemoryHead
 from nnheads.strategies.buffer import ExemplarBuffer
 from nnheads.strategies.plugins import silent_evaluator
 from nnheads.strategies.refill import EMBED_BATCH, check_finite, refill
-from nnheads.strategies.replay_loader import ReplayLoader, WithoutTasks
+from nnheads.strategies.replay_loader import OfOneTask, ReplayLoader
 from nnheads.strategies.views import ContrastiveViews
 
 _CHECKED: Final = 50  # steps of a GPU between two looks at the embeddings
@@ -205,7 +205,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         loader = BatchLoader(
             data, self.preprocessing, self.eval_mb_size, device=self.device, channels_last=self.channels_last
         )
-        self.dataloader = WithoutTasks(loader)
+        self.dataloader = OfOneTask(loader)
 
     def check_model_and_optimizer(self, reset_optimizer_state: bool = False, **kwargs: Any) -> None:
         """Parameters that a wider head brought join the optimizer, those they replaced leave it."""

@@ -18,7 +18,7 @@ _DECODED_BYTES: Final = 2**31  # of exemplars that are kept decoded at most
 
 
 @final
-class WithoutTasks:
+class OfOneTask:
     """Batches ``(x, y, ids, t)`` of a loader of ``(x, y, ids)``, as Avalanche takes them, all of task 0."""
 
     def __init__(self, loader: BatchLoader) -> None:

@@ -83,12 +83,15 @@ def model_of(centers: str = "fixed", **options: Any) -> HeadedModel:
     return model.double()
 
 
-def naive(model: HeadedModel, plugin: Any, *, epochs: int = 1, lr: float = 0.0) -> Any:
+def naive(
+    model: HeadedModel, plugin: Any, *, epochs: int = 1, lr: float = 0.0, kind: Any = None, **options: Any
+) -> Any:
+    """Plain fine-tuning, or another strategy of Avalanche."""
     from avalanche.training.supervised import Naive
 
     from nnheads.strategies.plugins import silent_evaluator
 
-    return Naive(
+    return (kind or Naive)(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=lr),
         criterion=nn.NLLLoss(),
@@ -96,6 +99,7 @@ def naive(model: HeadedModel, plugin: Any, *, epochs: int = 1, lr: float = 0.0) 
         train_epochs=epochs,
         plugins=[plugin],
         evaluator=silent_evaluator(),
+        **options,
     )
 
 
@@ -514,25 +518,16 @@ def test_strategies_that_do_not_train_on_batches_with_ids_are_refused() -> None:
     from avalanche.training.supervised import DER, ER_ACE
 
     from nnheads.strategies.center_plugin import CenterPlugin
-    from nnheads.strategies.plugins import silent_evaluator
 
-    benchmark = benchmark_of([points(48, 0)])
+    [experience] = benchmark_of([points(48, 0)]).train_stream
     for kind in (DER, ER_ACE):
-        model = model_of()
-        strategy = kind(
-            model=model,
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
-            criterion=nn.NLLLoss(),
-            mem_size=20,
-            plugins=[CenterPlugin(budget=12)],
-            evaluator=silent_evaluator(),
-        )
+        strategy = naive(model_of(), CenterPlugin(budget=12), kind=kind, mem_size=20)
         with pytest.raises(ConfigError, match=f"does not work with {kind.__name__}, which takes no ids"):
-            learn(strategy, benchmark.train_stream[0])
+            learn(strategy, experience)
     strategy = naive(model_of(), CenterPlugin(budget=12))
     strategy.plugins.append(GDumbPlugin(20))
     with pytest.raises(ConfigError, match="which trains another model in each experience"):
-        learn(strategy, benchmark.train_stream[0])
+        learn(strategy, experience)
 
 
 def test_a_memory_that_another_plugin_passes_has_no_ids_of_the_batch() -> None:
@@ -540,26 +535,17 @@ def test_a_memory_that_another_plugin_passes_has_no_ids_of_the_batch() -> None:
     from avalanche.training.supervised import AGEM
 
     from nnheads.strategies.center_plugin import CenterPlugin
-    from nnheads.strategies.plugins import silent_evaluator
 
-    benchmark = benchmark_of([points(48, 0, (0, 1)), points(48, 100, (2,))])
     model = model_of()
-    strategy = AGEM(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
-        criterion=nn.NLLLoss(),
-        patterns_per_exp=10,
-        sample_size=10,
-        train_mb_size=16,
-        plugins=[CenterPlugin(budget=12)],
-        evaluator=silent_evaluator(),
-    )
-    given = []
-    model.register_forward_pre_hook(
-        lambda module, args, named: given.append((len(args[0]), named.get("ids"))) if module.training else None,
+    # As many samples of its memory as of the batch, so that wrong ids would not be noticed by their number.
+    memory = {"patterns_per_exp": 20, "sample_size": 16}
+    strategy = naive(model, CenterPlugin(budget=12), lr=0.01, kind=AGEM, **memory)
+    with_ids = []
+    model.head.register_forward_pre_hook(
+        lambda head, args, given: with_ids.append(given["ids"] is not None) if head.training else None,
         with_kwargs=True,
     )
-    for experience in benchmark.train_stream:
+    for experience in benchmark_of([points(48, 0, (0, 1)), points(48, 100, (2,))]).train_stream:
         learn(strategy, experience)
+    assert with_ids == [True] * 3 + [False, True] * 3  # A-GEM passes its memory before each batch
     assert len(model.head.memory) <= 12
-    assert any(count == 10 for count, _ in given), "the memory was not passed"

@@ -189,6 +189,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["run", "split-digits", "--checkpoint", "none", "--resume"], r"no checkpoint in none: leave --resume out"),
     (["run", "split-digits", "--checkpoint", "c", "--strategy", "er-ace"], r"cannot be resumed.*replay, impostor"),
     (["run", "split-digits", "--checkpoint", "runs"], r"runs holds something that is not a checkpoint: name another"),
+    (["run", "split-digits", "--checkpoint", "/proc/none"], r"--checkpoint /proc/none cannot be written \(.*\): name"),
     (["run", "split-digits", "--checkpoint", "broken.png"], r"--checkpoint broken\.png is a file: name a folder"),
     (
         ["compare", "--stream", "split-digits", "--strategies=slda", "--lr=0.1,0.2", "--pick-lr", "--validation=0.1"],

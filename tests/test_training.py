@@ -321,10 +321,13 @@ def test_passes_over_the_data_for_the_memory(
     head: str, options: dict[str, Any], refresh: Any, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    original = HeadedModel.embed_all
-    monkeypatch.setattr(
-        HeadedModel, "embed_all", lambda self, loader, **how: calls.append(1) or original(self, loader, **how)
-    )
+    for name in ("refresh", "memorize"):
+        original = vars(HeadedModel)[name]
+        monkeypatch.setattr(
+            HeadedModel,
+            name,
+            lambda self, loader, original=original, **how: calls.append(1) or original(self, loader, **how),
+        )
     model = model_for(head, **options)
     quick(model, points(), epochs=6, refresh=refresh)
     assert len(calls) == passes

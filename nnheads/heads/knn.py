@@ -101,16 +101,15 @@ class KNNHead(VotingHead):
         Raises:
             ShapeError: as in `MemoryHead.add`; or they are too few to fit the projection.
         """
-        if not self.pca or not len(z) or bool(self.components.any()):
+        if not self.pca or not isinstance(z, Tensor) or not len(z) or bool(self.components.any()):
             return super().add(z, y, ids)
-        if isinstance(z, Tensor) and len(z) <= self.pca:
+        if len(z) <= self.pca:
             raise ShapeError(
                 f"head 'knn': {len(z)} samples are too few for the axes of pca={self.pca}: store {self.pca + 1} or "
                 "more first, at once"
             )
         try:
-            if isinstance(z, Tensor):
-                self._fit_components(self._check(z.detach()))
+            self._fit_components(self._check(z.detach()))
             return super().add(z, y, ids)
         except BaseException:
             self.components.zero_()  # the next ones fit it
