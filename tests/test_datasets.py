@@ -364,3 +364,18 @@ class TestRealImages:
         x = data.preprocessing(data.train.images[::10]).transpose(0, 1).flatten(1)
         torch.testing.assert_close(x.mean(1), torch.zeros(len(x)), atol=0.03, rtol=0)
         torch.testing.assert_close(x.std(1), torch.ones(len(x)), atol=0.03, rtol=0)
+
+
+def test_a_folder_of_turned_photographs_keeps_their_shape(tmp_path: Path) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (24, 16), (i, 0, 0)).save(folder / f"{i}.jpg", exif=exif)
+    data = load_dataset(f"images:{tmp_path}")
+    assert tuple(data.train.images.shape[2:]) == (24, 16), "stored lying, shown upright: 24 high, 16 wide"

@@ -1,6 +1,8 @@
 """Evidence: what neighbours contribute, the page that shows it, and answers without given samples."""
 
+import base64
 import html
+import io
 import json
 import re
 import shutil
@@ -320,3 +322,18 @@ def test_a_page_takes_no_place_of_an_image_or_a_model(
         assert code == 2
         assert "is there already and no page: name another file" in err
         assert kept.read_bytes() == before
+
+
+def test_the_picture_asked_about_is_turned_as_it_is_shown(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = tmp_path / "phone.jpg"
+    Image.new("L", (40, 20), 128).save(photo, exif=exif)
+    code, _, err = _run(capsys, "explain", saved, photo, "--out", tmp_path / "page.html")
+    assert code == 0, err
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    shown = re.search(r"data:image/webp;base64,([^\"]+)", page)
+    assert shown is not None
+    assert Image.open(io.BytesIO(base64.b64decode(shown[1]))).size == (20, 40)
