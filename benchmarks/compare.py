@@ -22,6 +22,7 @@ from nnheads.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from nnheads.benchmarks.datasets import ImageData
+    from nnheads.data import ImageSet
     from nnheads.headed import HeadedModel
     from nnheads.training import Progress as FitProgress
 
@@ -75,13 +76,16 @@ def compare(
     check_same_comparison(out, "dataset", config.dataset)
     found = {cell: _finished(cell, settings) for cell in wanted}
     data: ImageData | None = None
+    foreign: ImageSet | None = None
     results = []
     for done, cell in enumerate(wanted):
         result = found[cell]
         if result is None:
-            data = data or _load(config, progress)
+            if data is None:
+                data = _load(config, progress)
+                foreign = _load_foreign(config, data)
             report = _Report(progress, f"{cell.head}, seed {cell.seed}", done, len(wanted))
-            result = _train(config, cell, data, report)
+            result = _train(config, cell, data, foreign, report)
             result = {"head": cell.head, "seed": cell.seed, "settings": settings, **result}
             write_json(cell.results, result)
             if finished is not None:
@@ -164,7 +168,15 @@ def _load(config: CompareConfig, progress: Progress | None) -> ImageData:
     return load_dataset(config.dataset, config.data_dir, size=config.image_size, progress=progress)
 
 
-def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) -> dict[str, Any]:
+def _load_foreign(config: CompareConfig, data: ImageData) -> ImageSet | None:
+    from nnheads.benchmarks.datasets import load_foreign
+
+    return None if config.ood is None else load_foreign(config.ood, config.data_dir, data.preprocessing)
+
+
+def _train(
+    config: CompareConfig, cell: Cell, data: ImageData, foreign: ImageSet | None, report: _Report
+) -> dict[str, Any]:
     import numpy as np
     import torch
 
@@ -213,7 +225,7 @@ def _train(config: CompareConfig, cell: Cell, data: ImageData, report: _Report) 
         "ece": found.ece,
         "ece_scaled": scaled.ece,
         "log_loss_scaled": scaled.log_loss,
-        **_outliers(model, data, config),
+        **_outliers(model, data.test, foreign, config.device),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "memory_bytes": int(held),
         "train_seconds": history.seconds,
@@ -266,14 +278,12 @@ def _learns(model: HeadedModel) -> bool:
     return bool(list(head.parameters())) and not (head.uses_memory and head.trains_with == "objective")
 
 
-def _outliers(model: HeadedModel, data: ImageData, config: CompareConfig) -> dict[str, Any]:
-    from nnheads.benchmarks.datasets import load_foreign
+def _outliers(model: HeadedModel, own_images: ImageSet, foreign: ImageSet | None, device: str) -> dict[str, Any]:
     from nnheads.benchmarks.outliers import auroc
 
-    if config.ood is None:
+    if foreign is None:
         return {"auroc": None}
-    foreign = load_foreign(config.ood, config.data_dir, data.preprocessing)
-    own, by_score = auroc(model, data.test, foreign, config.device)
+    own, by_score = auroc(model, own_images, foreign, device)
     return {"auroc": own, "auroc_by_score": by_score}
 
 

@@ -122,7 +122,7 @@ def _download(facts: DatasetFacts, wanted: str, progress: Progress | None) -> Pa
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(
             f"{facts.title} is not here and cannot be downloaded ({reason[0]}): "
-            f"give --data-dir a folder with {wanted}, or take split-digits, which needs no download"
+            f"give --data-dir a folder with {wanted}, or take digits (stream: split-digits), which needs no download"
         ) from None
     finally:
         if temporary is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nnheads.cli import options, screen
-from nnheads.cli.inference import Checkpoint, open_model
+from nnheads.cli.inference import Checkpoint, known_images, open_model
 from nnheads.errors import ConfigError, DataError, unknown_name
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def analyze(
             raise unknown_name("classifier", kind, KINDS)
     if data_dir is None and dataset is None:
         raise ConfigError("analyze needs --data-dir DIR with train/<class>/* and test/<class>/*, or --dataset NAME")
+    if figure is not None:
+        options.writable("--figure", figure, ".png", what="a PNG")
     with screen.interruptible(lambda: "nothing"), Bar(shown=not as_json) as bar:
         model, preprocessing, names = open_model(checkpoint, device)
         parts = [_images(preprocessing, names, data_dir, dataset, train=train) for train in (True, False)]
@@ -108,16 +110,10 @@ def _show(found: dict[str, Any]) -> None:
 def _images(
     preprocessing: Preprocessing, names: tuple[str, ...], data_dir: Path | None, dataset: str | None, *, train: bool
 ) -> ImageSet:
-    from nnheads.benchmarks.datasets import load_images
     from nnheads.benchmarks.folders import from_folder, has_class_folders
 
     if dataset is not None:
-        data = load_images(dataset, data_dir, train=train)
-        if data.class_names != names or tuple(data.images.shape[1:]) != (preprocessing.channels, *preprocessing.size):
-            raise DataError(
-                f"data set {dataset!r} has other classes or another size of images than the model was made for"
-            )
-        return data
+        return known_images(preprocessing, names, data_dir, dataset, train=train)
     assert data_dir is not None
     folder = data_dir.expanduser() / ("train" if train else "test")
     if not has_class_folders(folder):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nnheads.cli.options import writable
 from nnheads.cli.screen import note
 
 
@@ -37,6 +38,8 @@ def bench(
         find_bench(name)
     check_whole("--rounds", rounds)
     check_whole("--epochs", epochs)
+    if out is not None:
+        writable("--out", out, ".json", what="a JSON file")
     if threads is not None:
         _pin(threads)
     if name == "embeddings":

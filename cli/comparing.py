@@ -178,6 +178,8 @@ def compare(
         if out is None:
             raise ConfigError("--resume found no runs/compare-NNN here: name the folder with --out")
     options.set_threads(threads)
+    if ood is None:  # whose images may be there
+        options.note_unused_data_dir(stream or dataset or "digits", data_dir)
     with screen.interruptible(lambda: "nothing"):
         work: Callable[[Path], dict[str, Any]]
         if stream is None:

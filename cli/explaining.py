@@ -46,10 +46,8 @@ def explain(
 
     if out is None and not as_json:
         raise ConfigError("explain needs --out page.html, or --json")
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise ConfigError(f"--out {out} must be a file in a folder that is there")
-    if out is not None and out.exists() and out.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"--out {out} is there already and no page: name another file, as page.html")
+    if out is not None:
+        options.writable("--out", out, ".html", ".htm", what="a page")
     gone = _dropped(what_if)
     with screen.interruptible(lambda: "nothing"):
         import torch
@@ -58,7 +56,7 @@ def explain(
         known = _training_images(preprocessing, names, data_dir, dataset)
         pictures = Pictures(model.thumbnails, known)
         opened = torch.stack([preprocessing.open(path) for path in images])
-        called = [path.name for path in images]
+        called = [str(path) for path in images]
         found = gather_evidence(model, opened, called, pictures=pictures, listed=neighbors, leave_out=gone)
         # What is asked about is shown as it is, not as small as the network sees it.
         found = [replace(image, picture=_picture(path)) for image, path in zip(found, images, strict=True)]
@@ -71,7 +69,8 @@ def explain(
 
             replace_text(out, render_page(model, found, left_out=gone))
     if as_json:
-        screen.print_json([image.to_dict() for image in found])
+        told = [{} if far is None else {"unlike_training_samples": far} for far in unlike]
+        screen.print_json([image.to_dict() | more for image, more in zip(found, told, strict=True)])
         return
     for image in found:
         near = ", ".join(f"{n.id} ({n.label}, {screen.percent(n.weight, 1)} %)" for n in image.neighbors[:3])

@@ -218,9 +218,6 @@ def held_out_images(
     parts: tuple[str, ...] = ("test",),
 ) -> ImageSet:
     """Labelled images of a model's classes: those of the first part that a folder has, or of the folder itself."""
-    import torch
-
-    from nnheads.benchmarks.datasets import load_images
     from nnheads.benchmarks.folders import class_folders, from_folder, has_class_folders
 
     if dataset is None:
@@ -233,7 +230,18 @@ def held_out_images(
             some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
             screen.note(f"note: {folder} has no images of {len(missing)} of the model's classes: {some}")
         return data
-    data = load_images(dataset, data_dir, train=False)
+    return known_images(preprocessing, names, data_dir, dataset, train=False)
+
+
+def known_images(
+    preprocessing: Preprocessing, names: tuple[str, ...], data_dir: Path | None, dataset: str, *, train: bool
+) -> ImageSet:
+    """One half of a data set, labelled as the model does, which may know more classes."""
+    import torch
+
+    from nnheads.benchmarks.datasets import load_images
+
+    data = load_images(dataset, data_dir, train=train)
     unknown = [name for name in data.class_names if name not in names]
     if unknown:
         raise DataError(

@@ -5,6 +5,8 @@ Nothing heavy is imported here or at the top of a command's module, so that ``nn
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -18,6 +20,9 @@ from nnheads.errors import NNHeadsError
 
 # Typer brings its own copy of Click from 0.26 on; the public BadParameter leads to the base of all usage errors.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""What goes wrong where output goes to a file on a disk that does not take it."""
 
 app = typer.Typer(
     name="nnheads",
@@ -72,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end a run
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="nnheads", standalone_mode=False)
+        sys.stdout.flush()  # here a disk that is full can still be told of
     except NNHeadsError as mistake:
         error(str(mistake))
         code = 2
@@ -84,7 +90,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has seen enough, as in `nnheads list heads | head -1`
         sys.stderr.close()
         code = 141
+    except OSError as problem:
+        if problem.errno not in _FULL or problem.filename is not None:
+            raise
+        error(f"cannot write the output ({problem.strerror})")
+        _abandon_output()
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _abandon_output() -> None:
+    """What is left to print goes nowhere: Python would try to write it once more at its end, and fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage(mistake: Exception) -> str:

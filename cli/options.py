@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nnheads.benchmarks.variants import json_or_text
+from nnheads.cli.screen import note
 from nnheads.errors import ConfigError
 
 _EXAMPLES = {"--option": "k=16", "--strategy-option": "fine_tune=1"}
@@ -128,6 +129,41 @@ def positive(option: str, value: float | None) -> None:
     """
     if value is not None and not 0 < value < float("inf"):
         raise ConfigError(f"{option} must be a number above 0, not {value:g}")
+
+
+def note_unused_data_dir(source: str, data_dir: Path | None) -> None:
+    """A note on stderr where ``--data-dir`` counts for nothing, as the images are elsewhere.
+
+    Args:
+        source: name of the data set or the stream.
+        data_dir: what was given.
+    """
+    of = source.removeprefix("new-instances:")
+    if data_dir is None or of == "images:":
+        return
+    if of.startswith("images:"):
+        note(f"note: --data-dir is not used: {of} names its folder itself")
+    elif of in ("digits", "split-digits"):
+        note(f"note: --data-dir is not used: {of} comes with scikit-learn")
+
+
+def writable(option: str, path: Path, *endings: str, what: str) -> None:
+    """Says before the work whether a file can be written where it is wanted.
+
+    Args:
+        option: the option that named it, for the message.
+        path: of the file; what is there already is replaced only where its name ends as such a file's does.
+        endings: of such a file's name, as ``".png"``; one that is to be made may have any.
+        what: kind of file, with its article, for the message.
+
+    Raises:
+        ConfigError: it is a folder, its folder is not there, or something else is there.
+    """
+    path = path.expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"{option} {path} must be a file in a folder that is there")
+    if path.exists() and path.suffix.lower() not in endings:
+        raise ConfigError(f"{option} {path} is there already and not {what}: name another file")
 
 
 def share(option: str, value: float | None) -> None:

@@ -77,6 +77,7 @@ def run(
     options.share("--share", share)
     options.share("--validation", validation)
     options.set_threads(threads)
+    options.note_unused_data_dir(stream, data_dir)
     with screen.interruptible(lambda: "nothing"):
         from nnheads.benchmarks.config import RunConfig
         from nnheads.distributed import launched_rank
@@ -176,6 +177,8 @@ def _show(results: dict[str, Any], folder: Path, data_dir: Path | None) -> None:
         facts.append(("figure", str(folder / MATRIX)))
     if (folder / MODEL).is_dir():
         facts.append(("model", str(folder / MODEL)))
+    else:
+        facts.append(("model", f"none saved: what {results['strategy']} decides by is no head"))
     for name, value in facts:
         screen.line(f"{name:<15} {value}")
     screen.line("")

@@ -102,6 +102,10 @@ def table(
         console.print(title, soft_wrap=True)
     made = _table(columns, rows, text, wrapped, framed=console.is_terminal)
     if console.is_terminal:
+        # Where a terminal is too narrow it breaks the rows itself, which tells more than rows that are cut.
+        console.width = max(
+            console.width, console.measure(made, options=console.options.update(width=PIPE_WIDTH)).minimum
+        )
         console.print(made)
         return
     with console.capture() as captured:
@@ -159,9 +163,9 @@ def shares(config: dict[str, Any]) -> str:
     """What part of the images a run saw, where not all; else nothing."""
     parts = []
     if config["share"] is not None:
-        parts.append(f"trained on {percent(config['share'], 0)} % of the training images")
+        parts.append(f"trained on {100 * config['share']:.3g} % of the training images")
     if config["validation"] is not None:
-        parts.append(f"tested on {percent(config['validation'], 0)} % of them, held out")
+        parts.append(f"tested on {100 * config['validation']:.3g} % of them, held out")
     return "; ".join(parts)
 
 

@@ -144,6 +144,8 @@ def _report(plan: StudyRun, folder: Path, results: list[dict[str, Any]], as_json
         return
     ran = {result["cell"] for result in results}
     wanted = {plan.study.table(table_id).id for table_id in plan.tables}
+    if not quiet:
+        screen.line(f"scale {plan.scale}: {plan.study.scale(plan.scale).describes}\n")
     for table in plan.study.tables:
         entries = [entry for entry in table.entries if entry.cell in ran]
         if quiet or not entries or (wanted and table.id not in wanted):

@@ -333,3 +333,12 @@ def test_the_command_analyze(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "did you mean" in capsys.readouterr().err
     assert command("--data-dir", str(tmp_path)) == 2
     assert "needs both train/ and test/" in capsys.readouterr().err
+    held = (tmp_path / "model" / "head.json").read_bytes()
+    assert command("--dataset", "digits", "--figure", str(tmp_path / "model" / "head.json")) == 2
+    assert "is there already and not a PNG" in capsys.readouterr().err
+    assert (tmp_path / "model" / "head.json").read_bytes() == held
+    model.add(data.test.images[:1], ["blot"])
+    nnheads.save(model, tmp_path / "model")
+    assert command("--dataset", "digits", "--layers", "linear") == 0  # a class that is not of the data set
+    assert "judged on 50" in capsys.readouterr().out
+    assert command("--dataset", "cifar10") == 2

@@ -104,6 +104,8 @@ def test_what_cannot_be_measured_is_said_before_it_takes_long(tmp_path: Path) ->
     for arguments, reason in (
         (["million", "--quick", "--embeddings", str(file)], r"20,000 views are needed and 360 can be made"),
         (["startup", "--only", "import"], "startup is measured as a whole"),
+        (["nca", "--quick", "--only", "no such"], "nca has no case whose name holds that"),
+        (["nca", "--quick", "--out", str(file)], "is there already and not a JSON file"),
         (["embeddings", "--embeddings", str(tmp_path)], "is a folder: name a file"),
     ):
         done = CliRunner().invoke(app, ["bench", *arguments])

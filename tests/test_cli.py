@@ -135,6 +135,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         ],
         **{f"list {what}": ["list", what] for what in ("heads", "strategies", "streams", "backbones", "datasets")},
         "list json": ["list", "heads", "--json"],
+        "a rival": ["run", "split-digits", *quick, "--strategy", "icarl", "--share", "0.1", "--out", "rival"],
+        "data twice": ["run", "images:letters", "--data-dir", "digits", "--head", "knn", "--epochs", "1", "-q"],
         **{f"mistake {i}": command for i, (command, _) in enumerate(MISTAKES)},
     }
     answers = dict(zip(commands, _run_all(list(commands.values()), folder), strict=True))
@@ -372,6 +374,50 @@ def test_list_names_everything(world: World) -> None:
         assert all(line.strip() and line == line.rstrip() for line in lines)
     rows: list[dict[str, Any]] = json.loads(world["list json"].out)
     assert {row["name"]: row["memory"] for row in rows}["knn"] is True
+
+
+def test_a_strategy_that_leaves_no_model_says_so(world: World) -> None:
+    answer = world["a rival"]
+    assert answer.code == 0, answer.err
+    assert "none saved: what icarl decides by is no head" in answer.out
+    assert not (world.folder / "rival" / "model").exists()
+
+
+def test_a_folder_that_counts_for_nothing_is_told(world: World) -> None:
+    answer = world["data twice"]
+    assert "note: --data-dir is not used: images:letters names its folder itself" in answer.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_that_a_disk_does_not_take_is_told_in_one_line(tmp_path: Path) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "nnheads", "list", "strategies"],
+            stdout=full, stderr=subprocess.PIPE, env=_environment(tmp_path), text=True,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: cannot write the output (No space left on device)\n"
+
+
+def test_a_table_too_wide_for_a_terminal_is_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nnheads.cli import screen
+
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    columns = ["strategy", "accuracy %", "what it does"]
+    screen.table("", columns, [["impostor", "12345.67", "a b c d e f"]], text=columns[:1], wrapped=columns[2:])
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    assert "12345.67" in shown
+    assert "accuracy %" in shown
+
+
+def test_small_shares_are_told_as_they_are() -> None:
+    from nnheads.cli import screen
+
+    told = screen.shares({"share": 0.001, "validation": 0.125})
+    assert told == "trained on 0.1 % of the training images; tested on 12.5 % of them, held out"
 
 
 def test_interrupted_comparison_keeps_what_is_finished(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from nnheads.benchmarks.compare import MEASURES, RECIPES, CompareConfig, compare
 from nnheads.benchmarks.comparison import expand_heads
 from nnheads.benchmarks.datasets import DATASETS, load_dataset
 from nnheads.cli.compare_tables import show_heads
-from nnheads.errors import AttachError, CheckpointError, ConfigError, UnknownNameError
+from nnheads.errors import AttachError, CheckpointError, ConfigError, DataError, UnknownNameError
 from nnheads.weights import build_pretrained, published_statistics
 
 QUICK = CompareConfig(heads=("dense", "knn"), seeds=(0, 1), epochs=1, device="cpu")
@@ -314,3 +314,11 @@ def test_images_are_resized(tmp_path: Path) -> None:
     own = load_dataset(f"images:{tmp_path}", size=80)
     assert own.train.images.shape[1:] == (3, 80, 80)
     assert own.preprocessing.size == (80, 80)
+
+
+def test_foreign_images_are_looked_for_before_a_head_is_trained(tmp_path: Path) -> None:
+    told: list[str] = []
+    config = replace(QUICK, ood="cifar10", data_dir=tmp_path)
+    with pytest.raises(DataError, match="cifar"):
+        compare(config, tmp_path / "out", progress=lambda what, done, whole: told.append(what))
+    assert not [what for what in told if "epoch" in what]

@@ -58,6 +58,7 @@ def test_contributions_add_up_to_the_models_own_probabilities(variant: str, back
     why = model.explain(x)
     assert (why.probabilities - model(x).exp()).abs().max() < 1e-5
     assert (why.weights.sum(1) - 1).abs().max() < 1e-5
+    assert not any(part.requires_grad for part in (why.probabilities, why.weights, why.shares, why.rest))
     if why.scale == "probability":
         # what the neighbours of a class contribute, and nothing else, is its probability but for the rest
         ours = torch.zeros_like(why.rest).scatter_add(1, why.labels.clamp_min(0), why.shares.sum(2))
@@ -320,7 +321,7 @@ def test_a_page_takes_no_place_of_an_image_or_a_model(
         before = kept.read_bytes()
         code, _, err = _run(capsys, "explain", saved, queries[0], "--out", kept)
         assert code == 2
-        assert "is there already and no page: name another file" in err
+        assert "is there already and not a page: name another file" in err
         assert kept.read_bytes() == before
 
 
@@ -337,3 +338,23 @@ def test_the_picture_asked_about_is_turned_as_it_is_shown(
     shown = re.search(r"data:image/webp;base64,([^\"]+)", page)
     assert shown is not None
     assert Image.open(io.BytesIO(base64.b64decode(shown[1]))).size == (20, 40)
+
+
+def test_images_of_one_name_are_told_apart(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same = [tmp_path / folder / "image.png" for folder in ("first", "second")]
+    for path in same:
+        path.parent.mkdir()
+        Image.new("L", (8, 8), 100).save(path)
+    code, printed, _ = _run(capsys, "explain", saved, *same, "--json")
+    assert code == 0
+    assert [found["image"] for found in json.loads(printed)] == [str(path) for path in same]
+
+
+def test_json_says_what_is_unlike_the_training_samples(
+    backbone: Path, digits: ImageData, queries: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = _model(backbone, digits, "knn")
+    model.head.outlier_threshold.fill_(-1.0)
+    code, printed, _ = _run(capsys, "explain", nnheads.save(model, tmp_path / "model"), queries[0], "--json")
+    assert code == 0
+    assert json.loads(printed)[0]["unlike_training_samples"] is True

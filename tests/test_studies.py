@@ -382,6 +382,7 @@ def test_the_command_lists_runs_and_reports(tmp_path: Path, capsys: Any, monkeyp
     assert json.loads(command("list", "--json"))[0]["tables"]
     shown = command("conv-knn", "--scale", "smoke", "--table", "parameters", "--device", "cpu")
     assert "81,952 (81,952)" in shown
+    assert "scale smoke: digits in place of all data" in shown
     assert "runs/study-conv-knn-smoke-001/report.md" in shown
     again = command("conv-knn", "--scale", "smoke", "--report", "--table", "parameters")
     assert again == shown

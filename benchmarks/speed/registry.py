@@ -132,4 +132,6 @@ def measure(name: str, settings: Settings, report: Report) -> dict[str, Any]:
     if settings.only and bench.whole:
         raise ConfigError(f"--only: {name} is measured as a whole, leave it out")
     found = import_module(f"nnheads.benchmarks.speed.{bench.module}").rows(settings, report)
+    if settings.only and not found:
+        raise ConfigError(f"--only {settings.only}: {name} has no case whose name holds that; leave it out for all")
     return document(bench.name, bench.bar, found, settings, wall=bench.wall, gpu=bench.gpu)

@@ -122,7 +122,7 @@ class KernelHead(MemoryHead):
         near = self._embed(z.to(self.memory.keys.dtype))
         kernels = self._kernels(squared_distances(near, self.memory.keys[found.rows.clamp_min(0)])) * (found.rows >= 0)
         shares = kernels.unsqueeze(-1) * self.memory.column("alpha")[found.rows.clamp_min(0)]
-        return shares, self.bias.expand(len(z), -1)
+        return shares, self.bias.detach().expand(len(z), -1)
 
     def _count(self) -> int:
         return max(1, len(self.memory)) if self.all_centers else self.k
