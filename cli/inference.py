@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -237,8 +236,6 @@ def known_images(
     preprocessing: Preprocessing, names: tuple[str, ...], data_dir: Path | None, dataset: str, *, train: bool
 ) -> ImageSet:
     """One half of a data set, labelled as the model does, which may know more classes."""
-    import torch
-
     from nnheads.benchmarks.datasets import load_images
 
     data = load_images(dataset, data_dir, train=train)
@@ -254,5 +251,4 @@ def known_images(
             f"data set {dataset!r} has images of {tuple(data.images.shape[1:])}, but the model takes {shape}: "
             "give the images as files with --data-dir, which are resized"
         )
-    order = torch.tensor([names.index(name) for name in data.class_names])
-    return replace(data, labels=order[data.labels], class_names=names)
+    return data.relabeled(names)

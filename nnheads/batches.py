@@ -13,13 +13,16 @@ from nnheads.errors import DataError
 
 
 def label_tensor(y: Any) -> Tensor:
-    """Labels as a tensor, whole numbers as int64; DataError where they are no numbers."""
+    """Labels as a tensor, whole numbers as int64, a column of them as (n,); DataError where they are no numbers."""
     try:
         labels = torch.as_tensor(y)
     except (TypeError, ValueError, RuntimeError):
         kind = type(y[0] if isinstance(y, list | tuple) and y else y).__name__
         raise DataError(f"labels must be numbers, not {kind}: give each class a number from 0") from None
-    return labels if labels.is_floating_point() else labels.long()
+    if labels.is_floating_point():
+        return labels
+    # Some data sets keep each label as an array of one number.
+    return labels.long().squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels.long()
 
 
 def unpack(batch: Any, loader: Iterable[Any], position: int) -> tuple[Tensor, Tensor, Tensor]:

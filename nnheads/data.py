@@ -8,7 +8,7 @@ Decoding and transforming images one by one is what usually bounds a small train
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -123,6 +123,19 @@ class ImageSet(Dataset[Sample]):
     def num_classes(self) -> int:
         """How many class names there are, whether or not every class occurs."""
         return len(self.class_names)
+
+    def relabeled(self, class_names: Sequence[str]) -> ImageSet:
+        """The same images with their classes numbered as ``class_names`` does, as a model's ``class_names``.
+
+        Raises:
+            DataError: a class that occurs is not among them.
+        """
+        known = {name: label for label, name in enumerate(class_names)}
+        occurring = [self.class_names[label] for label in self.labels.unique().tolist()]
+        if unknown := [name for name in occurring if name not in known]:
+            raise DataError(f"relabeled: there is no class {', '.join(unknown[:5])} among the {len(known)} given")
+        order = torch.tensor([known.get(name, -1) for name in self.class_names], dtype=torch.int64)
+        return replace(self, labels=order[self.labels], class_names=tuple(class_names))
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageSet:
         """The samples at these positions, in this order, with their ids (a copy of the images).

@@ -90,7 +90,8 @@ def evaluate(
             `nnheads.compiling.compiling`. Compiling takes a minute or so, once for each shape and mode.
 
     Raises:
-        DataError: there are no samples, or what is given is no data set.
+        DataError: there are no samples, or what is given is no data set; labels are no classes, or an `ImageSet`
+            numbers its named classes otherwise than the model; ``leave_one_out`` and batches without ids.
         ConfigError: the backbone cannot be compiled.
     """
     started = time.perf_counter()
@@ -100,7 +101,9 @@ def evaluate(
 
     check_headed("evaluate", model)
     with compiling(model, compile):
-        log_probs, labels, _ = _over(model, data, answer, batch_size, device, precision)
+        log_probs, labels, _ = _over(
+            model, data, answer, batch_size, device, precision, one_class=True, needs_ids=leave_one_out
+        )
     return Evaluation(log_probs, labels, time.perf_counter() - started)
 
 
@@ -146,8 +149,20 @@ def target_for(model: HeadedModel, device: torch.device, precision: Precision, *
         dtypes[0] if dtypes else torch.float32,
         model.preprocessing,
         channels_last=prefers_channels_last(device, precision),
+        class_names=model.class_names,
         **fields,
     )
+
+
+def _check_classes(y: Tensor) -> None:
+    """DataError where answers cannot be right or wrong, as labels are no classes."""
+    if y.dim() != 1 or y.is_floating_point():
+        raise DataError(
+            f"to be evaluated a sample needs one class: labels must be whole numbers (n,), not {y.dtype} "
+            f"{tuple(y.shape)}; of soft labels take y.argmax(1)"
+        )
+    if y.device.type == "cpu" and len(y) and int(y.min()) < 0:
+        raise DataError(f"label {int(y.min())} is no class: leave samples without one out")
 
 
 @torch.no_grad()
@@ -158,15 +173,21 @@ def _over(
     batch_size: int,
     device: str | torch.device,
     precision: Precision,
+    *,
+    one_class: bool = False,
+    needs_ids: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     where = resolve_device(device)
     model.to(where)
-    batches: Batches = ordered_batches(data, target_for(model, where, precision), batch_size=batch_size)
+    target = target_for(model, where, precision, needs_ids=needs_ids)
+    batches: Batches = ordered_batches(data, target, batch_size=batch_size)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     parts = []
     try:
         for x, y, ids in batches:
+            if one_class:
+                _check_classes(y)
             with autocast_for(where, precision):
                 found = function(x, ids)
             parts.append((found if found.dtype == torch.float64 else found.float(), y, ids))

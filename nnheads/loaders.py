@@ -6,10 +6,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SubsetRandomSampler, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    SubsetRandomSampler,
+    default_collate,
+)
 
+from nnheads import distributed
 from nnheads.batches import label_tensor
 from nnheads.data import Augmentation, BatchLoader, ImageSet, WithIds, get_augmentation, leaves_one, with_ids
 from nnheads.errors import ConfigError, DataError, ShapeError
@@ -30,6 +40,7 @@ class Target:
         num_classes: labels must be below; None for no such bound.
         needs_ids: whether samples without an id are an error.
         channels_last: memory format of images.
+        class_names: of the model; an `ImageSet` that numbers its classes otherwise is an error. None for no such names.
     """
 
     device: torch.device
@@ -38,6 +49,39 @@ class Target:
     num_classes: int | None = None
     needs_ids: bool = False
     channels_last: bool = False
+    class_names: tuple[str, ...] | None = None
+
+
+@final
+class _LabelOfId:
+    """Notices ids that come again with another label: they name several samples, of which one would be kept.
+
+    Ids up to 16 million are looked at, as the table has a place for each.
+    """
+
+    _MOST = 2**24
+
+    def __init__(self) -> None:
+        self.table = torch.empty(0, dtype=torch.int32)
+
+    def check(self, ids: Tensor, y: Tensor) -> None:
+        if ids.device.type != "cpu" or y.device.type != "cpu" or not len(ids):
+            return
+        seen = (ids >= 0) & (ids < self._MOST)
+        ids, y = ids[seen].long(), y[seen].int()
+        if not len(ids):
+            return
+        if (missing := int(ids.max()) + 1 - len(self.table)) > 0:
+            more = self.table.new_full((max(missing, len(self.table)),), -1)
+            self.table = torch.cat([self.table, more])
+        before = self.table[ids]
+        self.table[ids] = y
+        if not bool(((before < 0) | (before == y)).all() and (self.table[ids] == y).all()):
+            wrong = int(ids[((before >= 0) & (before != y)) | (self.table[ids] != y)][0])
+            raise DataError(
+                f"id {wrong} comes with several labels: ids must name one sample each in all of the data; "
+                "nnheads.with_ids gives such ids"
+            )
 
 
 @final
@@ -58,6 +102,7 @@ class Batches:
         self.target = target
         self.augment = augment
         self.generator = torch.Generator().manual_seed(seed)
+        self._labels = _LabelOfId() if target.needs_ids else None
 
     @property
     def steps(self) -> int | None:
@@ -95,6 +140,10 @@ class Batches:
         if not isinstance(batch, tuple | list) or len(batch) not in (2, 3) or not isinstance(batch[0], Tensor):
             raise DataError("a batch must be (x, y) or (x, y, ids) with a tensor x; see nnheads.with_ids")
         x, y = batch[0], label_tensor(batch[1])
+        if not y.dim():
+            raise DataError(
+                f"{type(self.source).__name__} yields single samples, not batches: give a data set or a loader"
+            )
         if len(batch) == 2:
             if self.target.needs_ids:
                 raise DataError("the head stores samples and needs their ids: let the loader yield (x, y, ids)")
@@ -106,6 +155,8 @@ class Batches:
             raise DataError(
                 f"all ids of a batch are {int(ids[0])}: the third item must be the samples' ids, not their task"
             )
+        if self._labels is not None and y.dim() == 1:
+            self._labels.check(ids, y)
         return x, y, ids.long()
 
     def _prepare(self, x: Tensor) -> Tensor:
@@ -119,6 +170,7 @@ def training_batches(data: Data, target: Target, *, batch_size: int, augment: st
     """Shuffled batches to train on; a loader keeps its own order, batch size and workers."""
     augmentation = None if augment == "none" else get_augmentation(augment)
     if isinstance(data, ImageSet):
+        _check_names(data, target)
         # Batch normalisation cannot train on a single sample.
         alone = len(data) > batch_size and len(data) % batch_size == 1
         images = BatchLoader(
@@ -134,8 +186,15 @@ def training_batches(data: Data, target: Target, *, batch_size: int, augment: st
         )
         return Batches(images, target)
     if isinstance(data, BatchLoader):
+        if augmentation is not None:
+            raise ConfigError(f"augment={augment!r} is for what is not batches yet: give it to the BatchLoader")
+        _check_names(data.data, target)
         return Batches(data, target)
     if isinstance(data, DataLoader):
+        if isinstance(_sampler(data), DistributedSampler) and distributed.world_size() > 1:
+            raise ConfigError(
+                "every process must see the same batches, of which it embeds its part: leave the DistributedSampler out"
+            )
         return Batches(_identified(data), target, augmentation, seed)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         count = _count(data)
@@ -169,12 +228,15 @@ def ordered_batches(data: Data, target: Target, *, batch_size: int = 512, most: 
         target = replace(target, preprocessing=data.preprocessing)
         data = data.data
     if isinstance(data, ImageSet):
+        _check_names(data, target)
         if most is not None and most < len(data):
             data = data.subset(torch.randperm(len(data))[:most])
         images = BatchLoader(
             data, _required(target), batch_size, device=target.device, channels_last=target.channels_last
         )
         return Batches(images, target)
+    if isinstance(data, DataLoader) and _yields_batches(data):
+        return Batches(data, target)
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
         order: Sequence[int] = _order(data.dataset, most, _drawn_from(data))
         same: DataLoader[Any] = DataLoader(
@@ -192,6 +254,32 @@ def ordered_batches(data: Data, target: Target, *, batch_size: int = 512, most: 
         pin = target.device.type == "cuda"
         return Batches(DataLoader(_with_ids(data), batch_size, sampler=_order(data, most), pin_memory=pin), target)
     return Batches(_iterable(data), target)
+
+
+def _check_names(data: ImageSet, target: Target) -> None:
+    """DataError where an image set and a model that both have names for their classes number them differently."""
+    named, names = data.class_names, target.class_names
+    if names is None or numbered(named) or numbered(names):
+        return
+    for label in data.labels.unique().tolist():
+        if label < len(names) and named[label] != names[label]:
+            raise DataError(
+                f"class {label} is {named[label]!r} in the images and {names[label]!r} in the model: number them "
+                "alike, with images.relabeled(model.class_names)"
+            )
+
+
+def numbered(names: Sequence[str]) -> bool:
+    """Whether classes have no names but their numbers."""
+    return all(name == str(label) for label, name in enumerate(names))
+
+
+def _yields_batches(loader: DataLoader[Any]) -> bool:
+    """Whether the items of a loader without batches of its own are batches already."""
+    if loader.batch_sampler is not None or isinstance(loader.dataset, IterableDataset) or not _count(loader.dataset):
+        return False
+    item = loader.dataset[0]
+    return isinstance(item, tuple | list) and len(item) > 1 and isinstance(item[1], Tensor) and item[1].dim() == 1
 
 
 def _required(target: Target) -> Preprocessing:
@@ -282,13 +370,16 @@ def _drawn_from(loader: DataLoader[Any]) -> list[int] | None:
 
     A training and a validation set are often two samplers over one data set.
     """
-    sampler: Any = loader.sampler
-    if isinstance(loader.batch_sampler, BatchSampler):
-        sampler = loader.batch_sampler.sampler
+    sampler = _sampler(loader)
     drawn = sampler.indices if isinstance(sampler, SubsetRandomSampler) else sampler
-    if isinstance(drawn, Tensor | Sequence):
+    if isinstance(drawn, Tensor | Sequence | np.ndarray):
         return sorted({int(position) for position in drawn})
     return None
+
+
+def _sampler(loader: DataLoader[Any]) -> Any:
+    own = isinstance(loader.batch_sampler, BatchSampler)
+    return loader.batch_sampler.sampler if own else loader.sampler  # type: ignore[union-attr]
 
 
 def _order(dataset: Dataset[Any], most: int | None, positions: Sequence[int] | None = None) -> Sequence[int]:

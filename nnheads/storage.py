@@ -32,13 +32,9 @@ def replacing(path: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
         CheckpointError: what is there may not be replaced, or the disk does not take the new folder. What was there
             is intact then.
     """
-    target = Path(os.path.realpath(path))
-    recover(target)
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or ours(target))):
-        raise CheckpointError(f"{path} holds something that is not a saved model: choose another folder or empty it")
+    target = _to_replace(path, ours)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        made = _folder_beside(target)
         try:
             # mkdtemp lets only its owner in; the folder shall be as readable as any other.
             umask = os.umask(0)
@@ -51,8 +47,40 @@ def replacing(path: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
             shutil.rmtree(made, ignore_errors=True)
             raise
     except OSError as error:
-        reason = error.strerror or error
-        raise CheckpointError(f"cannot save to {path} ({reason}): free space or choose another folder") from error
+        raise _cannot_save(path, error) from error
+
+
+def check_replaceable(path: Path, ours: Callable[[Path], bool]) -> None:
+    """Says before long work, as `replacing` would say after it, that its result cannot be written.
+
+    Args:
+        path, ours: as in `replacing`.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    target = _to_replace(path, ours)
+    try:
+        _folder_beside(target).rmdir()
+    except OSError as error:
+        raise _cannot_save(path, error) from error
+
+
+def _to_replace(path: Path, ours: Callable[[Path], bool]) -> Path:
+    target = Path(os.path.realpath(path))
+    recover(target)
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or ours(target))):
+        raise CheckpointError(f"{path} holds something that is not a saved model: choose another folder or empty it")
+    return target
+
+
+def _folder_beside(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+
+
+def _cannot_save(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot save to {path} ({error.strerror or error}): free space or choose another folder")
 
 
 def recover(path: Path) -> None:

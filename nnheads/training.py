@@ -21,9 +21,10 @@ from nnheads.evaluation import Evaluation, embed, evaluate
 from nnheads.headed import HeadedModel, check_headed
 from nnheads.heads import BiasedHead
 from nnheads.interrupt import InterruptFlag
-from nnheads.io import save
-from nnheads.loaders import Data, preprocessing_of
+from nnheads.io import is_saved_model, save
+from nnheads.loaders import Data, numbered, preprocessing_of
 from nnheads.progress import Progress, reporter
+from nnheads.storage import check_replaceable
 from nnheads.training_run import History, TrainingRun, fills_first, refreshes_after
 
 __all__ = ["Evaluation", "History", "Progress", "embed", "evaluate", "fit", "fit_gate", "resolve_device"]
@@ -68,7 +69,8 @@ def fit(
         data: an `ImageSet`, a map-style data set of (x, y) or (x, y, id), or a loader of batches of these. Ids are
             added where there are none (a ``DataLoader`` is rebuilt with its sampler, workers and collate function).
             Transforms inside a data set also apply to what the memory stores; ``augment`` does not. An `ImageSet` also
-            gives the model its class names and, from its own statistics, a preprocessing, where it has none.
+            gives the model its class names and, from its own statistics, a preprocessing, where it has none. A sample
+            that the memory holds already under the same id is replaced; others that it holds stay as they are.
         epochs: passes over the data; 0 only fills the memory.
         batch_size: of what is not a loader already.
         lr: learning rate, the highest one of the schedule.
@@ -86,7 +88,7 @@ def fit(
         compile: train and embed with the backbone compiled, see `nnheads.evaluate`. What is saved is the plain one.
         seed: of order, augmentation and dropout.
         progress: a progress bar, or a line an epoch where there is no terminal, on stderr; or a function, called
-            after each step; or False.
+            after each step, on a GPU after every twentieth; or False.
         checkpoint: folder to `nnheads.save` the model to, at the end or on Ctrl-C.
 
     Returns:
@@ -94,13 +96,18 @@ def fit(
 
     Raises:
         ConfigError: an option that cannot work, no compiler, or the loss becomes NaN or infinite.
-        DataError: there are no samples, or a memory head gets a loader without ids.
+        DataError: there are no samples, or a memory head gets a loader without ids or ids that name several samples;
+            or an `ImageSet` numbers its named classes otherwise than the model.
+        CheckpointError: the checkpoint cannot be written, which is told before training.
         KeyboardInterrupt: on Ctrl-C, after the current step is finished, a usable memory made (centers are left as
             training has them; an empty memory gets 4,096 samples) and the checkpoint written. A second Ctrl-C ends at
             once. Only the main thread can be interrupted so.
     """
     check_headed("fit", model)
     _check_options(epochs, batch_size, lr, weight_decay, optimizer, schedule, refresh, ema)
+    refresh = refresh if refresh == "auto" else int(refresh)
+    if checkpoint is not None and distributed.launched_rank() == 0:
+        check_replaceable(Path(checkpoint), is_saved_model)
     distributed.join()
     if not distributed.is_main():
         progress = False
@@ -200,23 +207,32 @@ def fit_gate(
     """
     head = model.gated_head()
     started = time.perf_counter()
-    with _frozen_backbone(model), head.training_the_gate():
-        if epochs and not len(head.memory):
-            fit(model, data, epochs=0, device=device, precision=precision, progress=False)
-        history = fit(
-            model,
-            data,
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            optimizer="adamw",
-            weight_decay=weight_decay,
-            augment=augment,
-            device=device,
-            precision=precision,
-            seed=seed,
-            progress=progress,
-        )
+    if calibration is not None and head.gate.option != "auto":
+        raise ConfigError("fit_gate: calibration= is to choose the threshold, which the head was given: leave one out")
+    if checkpoint is not None and distributed.launched_rank() == 0:
+        check_replaceable(Path(checkpoint), is_saved_model)
+    try:
+        with _frozen_backbone(model), head.training_the_gate():
+            if epochs and not len(head.memory):
+                fit(model, data, epochs=0, device=device, precision=precision, progress=False)
+            history = fit(
+                model,
+                data,
+                epochs=epochs,
+                batch_size=batch_size,
+                lr=lr,
+                optimizer="adamw",
+                weight_decay=weight_decay,
+                augment=augment,
+                device=device,
+                precision=precision,
+                seed=seed,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        if checkpoint is not None:
+            _save_once(model, checkpoint)
+        raise
     if calibration is not None:
         z, y, _ = embed(model, calibration, batch_size=batch_size, device=device, precision=precision)
         head.calibrate(z.to(model.device), y.to(model.device))
@@ -280,8 +296,15 @@ def _describe(model: HeadedModel, data: ImageSet) -> None:
     model.head.widen(int(data.labels.max()) + 1)
     if model.preprocessing is None:
         model.preprocessing = preprocessing_of(data)
-    if model.class_names is None and len(data.class_names) == model.head.num_classes:
-        model.class_names = data.class_names
+    known, named = model.class_names, data.class_names
+    if known is None and (len(named) == model.head.num_classes or (not numbered(named) and _fit(model, named))):
+        model.class_names = named
+    elif known is not None and not numbered(known) and named[: len(known)] == known and _fit(model, named):
+        model.class_names = named  # classes that are new
+
+
+def _fit(model: HeadedModel, names: tuple[str, ...]) -> bool:
+    return len(names) <= model.head.num_classes
 
 
 @contextmanager

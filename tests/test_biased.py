@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -500,3 +502,21 @@ def test_a_model_cast_to_another_precision_answers_alike(fitted: HeadedModel, dt
     cast.drop(new)
     torch.testing.assert_close(cast(x.to(dtype)), answer)
     assert cast.explain(x[:2].to(dtype)).probabilities.isfinite().all()
+
+
+def test_a_threshold_that_is_given_is_not_chosen() -> None:
+    model = biased(threshold=0.5)
+    with pytest.raises(ConfigError, match="calibration= is to choose the threshold, which the head was given"):
+        fit_gate(model, data(), epochs=1, calibration=data(8), device="cpu", progress=False)
+
+
+def test_a_gate_s_training_that_is_interrupted_leaves_a_checkpoint(tmp_path: Path) -> None:
+    def stop(progress: nnheads.training.Progress) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    model = trained(gate_epochs=0)
+    with pytest.raises(KeyboardInterrupt):
+        fit_gate(model, data(), epochs=2, batch_size=24, device="cpu", progress=stop, checkpoint=tmp_path / "kept")
+    again = nnheads.load(tmp_path / "kept", network())
+    x = images(5)[0]
+    assert torch.equal(again.eval()(x), model.eval()(x))

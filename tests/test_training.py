@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -28,7 +30,7 @@ from nnheads.attach import attach_head
 from nnheads.averaging import WeightAverage
 from nnheads.data import BatchLoader, ImageSet, Preprocessing, with_ids
 from nnheads.devices import autocast_for, cpu_bfloat16, multiplies_bfloat16, resolve_device, resolve_precision
-from nnheads.errors import ConfigError, DataError, ShapeError
+from nnheads.errors import CheckpointError, ConfigError, DataError, ShapeError
 from nnheads.headed import HeadedModel
 from nnheads.heads import ImpostorHead, MemoryHead, list_heads
 from nnheads.io import load, save
@@ -670,3 +672,135 @@ def test_one_class_has_a_calibration_error() -> None:
     model.add(x, torch.zeros(20, dtype=torch.long))
     found = evaluate(model, TensorDataset(x, torch.zeros(20, dtype=torch.long)), device="cpu")
     assert found.ece == pytest.approx(0, abs=1e-6)
+
+
+def test_a_sampler_over_an_array_of_positions_is_that_part() -> None:
+    half = np.random.default_rng(0).permutation(COUNT)[:40]
+    loader = DataLoader(points(), 16, sampler=SubsetRandomSampler(half))
+    model = model_for("knn")
+    quick(model, loader)
+    assert sorted(model.head.memory.ids[: stored(model)].tolist()) == sorted(half.tolist())
+    assert len(evaluate(model, loader, device="cpu").labels) == 40
+
+
+@pytest.mark.parametrize("head", ["dense", "nngk"])
+def test_a_column_of_labels_is_labels(head: str) -> None:
+    x, y = blobs()
+    plain, column = model_for(head), model_for(head)
+    quick(plain, TensorDataset(x, y), epochs=1)
+    quick(column, TensorDataset(x, y[:, None]), epochs=1)
+    expected = evaluate(plain, TensorDataset(x, y), device="cpu")
+    found = evaluate(column, TensorDataset(x, y[:, None]), device="cpu")
+    assert torch.equal(found.log_probs, expected.log_probs)
+    assert found.accuracy == expected.accuracy
+    with pytest.raises(ShapeError, match=r"labels of shape \(96, 1\) must be \(96,\): give y\.squeeze\(1\)"):
+        plain.loss(x, y[:, None])
+
+
+def test_what_is_no_class_cannot_be_evaluated() -> None:
+    x, y = blobs()
+    model = model_for("dense")
+    with pytest.raises(DataError, match=r"labels must be whole numbers .* \(96, 4\); of soft labels take y\.argmax"):
+        evaluate(model, TensorDataset(x, torch.eye(4)[y]), device="cpu")
+    with pytest.raises(DataError, match="label -1 is no class"):
+        evaluate(model, TensorDataset(x, y - 1), device="cpu")
+
+
+def test_classes_are_named_alike_in_images_and_model() -> None:
+    model, images = image_model("knn"), image_set()
+    quick(model, images)
+    turned = ImageSet(images.images, 3 - images.labels, class_names=("d", "c", "b", "a"))
+    for use in (quick, evaluate, embed):
+        with pytest.raises(DataError, match=r"class 0 is 'd' in the images and 'a' in the model: .*relabeled"):
+            use(model, turned) if use is quick else use(model, turned, device="cpu")
+    same = turned.relabeled(model.class_names or ())
+    assert torch.equal(same.labels, images.labels)
+    assert evaluate(model, same, device="cpu").accuracy == evaluate(model, images, device="cpu").accuracy
+    with pytest.raises(DataError, match="there is no class d among the 3 given"):
+        turned.relabeled(("a", "b", "c"))
+    numbered = ImageSet(images.images, images.labels)  # no names to compare
+    assert evaluate(model, numbered, device="cpu").accuracy == evaluate(model, images, device="cpu").accuracy
+
+
+def test_new_classes_of_an_image_set_bring_their_names() -> None:
+    model, images = image_model("knn"), image_set()
+    few = images.subset(images.labels < 2)
+    quick(model, ImageSet(few.images, few.labels, class_names=("a", "b")))
+    assert model.class_names == ("a", "b")
+    quick(model, images)
+    assert model.class_names == ("a", "b", "c", "d")
+
+
+def test_ids_that_name_several_samples_are_told() -> None:
+    images = image_set()
+    both = ConcatDataset([images, ImageSet(images.images, (images.labels + 1) % 4)])
+    model = image_model("nngk", preprocessing=preprocessing_of(images))
+    with pytest.raises(DataError, match=r"id \d+ comes with several labels: .*nnheads\.with_ids"):
+        quick(model, both)
+    tasks = [(x, y, y // 2) for x, y in points()]
+    with pytest.raises(DataError, match="comes with several labels"):
+        quick(model_for("knn"), DataLoader(tasks, 16, shuffle=True))  # type: ignore[arg-type]
+    quick(model_for("dense"), DataLoader(tasks, 16, shuffle=True))  # type: ignore[arg-type]
+
+
+def test_samples_judged_without_themselves_need_ids() -> None:
+    x, y = blobs()
+    batches = [(x[:48], y[:48]), (x[48:], y[48:])]
+    model = model_for("knn", k=1)
+    model.eval().memorize(batches)
+    with pytest.raises(DataError, match="needs their ids"):
+        evaluate(model, batches, device="cpu", leave_one_out=True)
+    with_own = [(a, b, torch.arange(48) + 48 * n) for n, (a, b) in enumerate(batches)]
+    alone = evaluate(model, with_own, device="cpu", leave_one_out=True)
+    assert alone.accuracy == evaluate(model, TensorDataset(x, y), device="cpu", leave_one_out=True).accuracy
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_before_training(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for folder, reason in ((tmp_path, "something that is not a saved model"), (tmp_path / "notes.txt" / "x", "cannot")):
+        steps: list[Progress] = []
+        with pytest.raises(CheckpointError, match=reason):
+            quick(model_for("dense"), points(), checkpoint=folder, progress=steps.append)
+        assert not steps
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_augmentation_of_a_batch_loader_is_its_own() -> None:
+    images = image_set()
+    with pytest.raises(ConfigError, match=r"augment='crop' .*give it to the BatchLoader"):
+        quick(image_model("dense"), BatchLoader(images, preprocessing_of(images), 16), augment="crop")
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    losses = [
+        quick(model_for("nngk", track=False), points(), epochs=6, refresh=refresh).epochs[-1]["loss"]
+        for refresh in (2, np.int64(2), "auto")
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_list_of_samples_is_told_for_what_it_is() -> None:
+    samples = list(points())
+    for use in (lambda m: quick(m, samples), lambda m: evaluate(m, samples, device="cpu")):
+        with pytest.raises(DataError, match="list yields single samples, not batches"):
+            use(model_for("dense"))
+
+
+def test_a_data_set_of_batches() -> None:
+    x, y = blobs()
+
+    class Ready(Dataset[Any]):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, at: int) -> tuple[Tensor, Tensor]:
+            if not 0 <= at < 6:
+                raise IndexError
+            return x[16 * at : 16 * at + 16], y[16 * at : 16 * at + 16]
+
+    loader = DataLoader(Ready(), batch_size=None)
+    model = model_for("dense")
+    quick(model, loader)
+    found = evaluate(model, loader, device="cpu")
+    assert torch.equal(found.labels, y)
+    assert found.accuracy == evaluate(model, points(), device="cpu").accuracy

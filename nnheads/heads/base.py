@@ -221,6 +221,8 @@ class Head(nn.Module, ABC):
             raise ShapeError(
                 f"head {self.name!r}: labels must be ({batch},) or ({batch}, {self.num_classes}), got {tuple(y.shape)}"
             )
+        if seen and y.dim() == 2 and y.shape[1] == 1 < self.num_classes and not y.is_floating_point():
+            raise ShapeError(f"head {self.name!r}: labels of shape ({batch}, 1) must be ({batch},): give y.squeeze(1)")
         if y.dim() == 1 and y.is_floating_point():
             raise ShapeError(f"head {self.name!r}: labels of shape ({batch},) must be integers, got {y.dtype}")
         if y.dim() == 2 or not len(y) or (y.device.type != "cpu" and self.training):
