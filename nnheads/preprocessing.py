@@ -34,7 +34,7 @@ class Preprocessing:
         size: height and width in pixels.
         channels: 1 (grey) or 3 (RGB).
         mean: mean of each channel, on the scale 0..1.
-        std: standard deviation of each channel, on the scale 0..1.
+        std: standard deviation of each channel, on the scale 0..1. These three may be given as lists; tuples are kept.
     """
 
     size: tuple[int, int]
@@ -43,6 +43,16 @@ class Preprocessing:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        # torchvision's weights have lists, which cannot be hashed: `_affine` is kept by mean and std
+        try:
+            object.__setattr__(self, "size", tuple(int(side) for side in self.size))
+            object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
+            object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        except (TypeError, ValueError):
+            raise ConfigError(
+                "preprocessing: size must be (height, width), mean and std one number a channel, "
+                f"not {self.size!r}, {self.mean!r}, {self.std!r}"
+            ) from None
         if self.channels not in (1, 3):
             raise ConfigError(f"preprocessing: channels must be 1 or 3, not {self.channels}")
         if len(self.size) != 2 or min(self.size) < 1:

@@ -72,11 +72,20 @@ class TestPreprocessing:
             ((8, 8), 3, (0.0,), (1.0,)),
             ((8, 8), 1, (0.0,), (0.0,)),
             ((0, 8), 1, (0.0,), (1.0,)),
+            (8, 1, (0.0,), (1.0,)),
+            ((8, 8), 1, 0.0, (1.0,)),
         ],
     )
     def test_refuses_settings_that_cannot_work(self, arguments: tuple[object, ...]) -> None:
         with pytest.raises(ConfigError, match="preprocessing"):
             Preprocessing(*arguments)  # type: ignore[arg-type]
+
+    def test_takes_lists_as_the_weights_of_torchvision_have_them(self) -> None:
+        given = Preprocessing([8, 8], 3, list(PREPROCESSING.mean), list(PREPROCESSING.std))  # type: ignore[arg-type]
+        images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+        assert torch.equal(given(images), PREPROCESSING(images))
+        assert given == PREPROCESSING
+        assert hash(given) == hash(PREPROCESSING)
 
     def test_survives_json(self) -> None:
         assert Preprocessing.from_dict(PREPROCESSING.to_dict()) == PREPROCESSING
