@@ -73,6 +73,11 @@ def filled_head(name: str, options: dict[str, Any]) -> tuple[Head, Tensor, Tenso
     return head, z, y, ids
 
 
+def ids_held(head: Head) -> Tensor:
+    """Ids of the samples that a head holds: of those it was given, a refresh may keep a few a class."""
+    return head.memory.ids[: len(head.memory)].clone() if isinstance(head, MemoryHead) else torch.empty(0).long()
+
+
 def trained_head(name: str, options: dict[str, Any]) -> tuple[Head, Tensor, Tensor, Tensor]:
     """A head some steps after its last refresh, so that everything it trains has moved."""
     head, z, y, ids = filled_head(name, options)
@@ -84,7 +89,7 @@ def emptied_head(name: str, options: dict[str, Any]) -> tuple[Head, Tensor, Tens
     """A head that has forgotten what it held."""
     head, z, y, ids = filled_head(name, options)
     if isinstance(head, MemoryHead):
-        head.drop(head.memory.ids[: len(head.memory)].clone())
+        head.drop(ids_held(head))
     return head, z, y, ids
 
 
