@@ -32,6 +32,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "nngk-plain": ("nngk", {"k": 6, "weights": False, "track": False}),
     "impostor-tied": ("impostor", {"k": 6, "centers": "tied"}),
     "nngk-whitened": ("nngk", {"k": 6, "whiten": 0.3}),
+    "nngk-whitened-all": ("nngk", {"whiten": 0.3}),
     "impostor-whitened": ("impostor", {"k": 6, "centers": "tied", "whiten": 0.1}),
     "impostor-whitened-codes": ("impostor", {"k": 6, "centers": "tied", "whiten": 1.0, "bytes_per_center": 16}),
     "impostor-fixed": ("impostor", {"k": 6, "centers": "fixed", "normalize": True}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -174,8 +175,14 @@ def test_the_least_shrinkage_still_answers() -> None:
         stored(flat, y, whiten=1e-9)
 
 
-def test_the_map_stays_in_half_precision_whatever_its_model_is_cast_to() -> None:
-    head = build_head("nngk", 16, 3, whiten=0.3)
+def test_the_map_stays_as_it_is_whatever_its_model_is_cast_to() -> None:
+    z, y = samples()
+    head = stored(z, y, whiten=0.3)
     before = head.whitening.matrix.clone()
-    for dtype in (torch.float64, torch.float32, torch.float16):
+    assert not torch.equal(before, before.bfloat16().half())
+    for dtype in (torch.float64, torch.bfloat16, torch.float32, torch.float16):
         assert torch.equal(head.to(dtype).whitening.matrix, before)
+    assert torch.equal(copy.deepcopy(head).bfloat16().share_memory().whitening.matrix, before)
+    bare = copy.deepcopy(head).to("meta")
+    assert bare.bfloat16().whitening.matrix.is_meta
+    assert bare.to_empty(device="cpu").whitening.matrix.dtype == torch.float16

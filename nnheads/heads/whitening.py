@@ -57,8 +57,10 @@ class Whitening(nn.Module):
         self.matrix.copy_((vectors * scale) @ vectors.T)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        before = self.matrix
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.matrix = self.matrix.half()  # whatever its model is cast to: other bytes would not be those saved
+        if self.matrix.dtype != torch.float16:  # whatever its model is cast to: other bytes would not be those saved,
+            self.matrix = before.to(self.matrix.device, torch.float16)  # nor would those that bfloat16 leaves
         return self
 
     def forward(self, z: Tensor) -> Tensor:
