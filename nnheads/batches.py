@@ -78,7 +78,7 @@ def as_labels(
         return y, None if names is None else tuple(names)
     if isinstance(y, str):
         raise DataError(f"classes must be given one a sample: [{y!r}, ...], not {y!r}")
-    if len(y) and all(isinstance(label, int) and not isinstance(label, bool) for label in y):
+    if all(isinstance(label, int) and not isinstance(label, bool) for label in y):
         return torch.tensor(y, dtype=torch.int64), None if names is None else tuple(names)
     known = list(names or ())
     known += [str(label) for label in range(len(known), num_classes)]

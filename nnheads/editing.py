@@ -25,7 +25,7 @@ def add(
 
     Args:
         path: folder of a model that `nnheads.load` can build.
-        images: files, or (n, C, H, W) uint8, as the model's ``preprocessing`` takes them.
+        images: files, or (n, C, H, W) uint8, as the model's ``preprocessing`` takes them; none of them adds nothing.
         classes: names, new ones among them, or (n,) labels.
         ids: (n,) int64; new ones by default.
 
@@ -43,7 +43,9 @@ def add(
         if not isinstance(images, Tensor):
             if model.preprocessing is None:
                 raise ConfigError(f"{path} does not say how images are prepared: save it with preprocessing")
-            images = torch.stack([model.preprocessing.open(image) for image in images])
+            opened = [model.preprocessing.open(image) for image in images]
+            none = torch.empty(0, model.preprocessing.channels, *model.preprocessing.size, dtype=torch.uint8)
+            images = torch.stack(opened) if opened else none
         if model.thumbnails is None:
             model.thumbnails = Thumbnails()
         held = model.add(images, classes, ids)

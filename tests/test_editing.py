@@ -141,6 +141,19 @@ def test_labels_and_ids_may_be_lists(digits: ImageData, eights: nnheads.HeadedMo
         model.add(digits.train.images[:2], ["zero", 1])
 
 
+def test_adding_nothing_adds_nothing(digits: ImageData, eights: nnheads.HeadedModel, tmp_path: Path) -> None:
+    folder = nnheads.save(eights, tmp_path / "model")
+    assert editing.add(folder, [], []).shape == (0,)
+    after = nnheads.load(folder)
+    assert len(after.head.memory) == len(eights.head.memory)
+    assert after.class_names == eights.class_names
+    with pytest.raises(ShapeError, match="labels"):
+        editing.add(folder, [], ["new"])
+    after.class_names = None
+    assert after.add(digits.train.images[:0], []).shape == (0,)
+    assert after.class_names is None
+
+
 def test_mistakes_change_nothing(digits: ImageData, eights: nnheads.HeadedModel, tmp_path: Path) -> None:
     folder = nnheads.save(eights, tmp_path / "model")
     before = _bytes(folder)
