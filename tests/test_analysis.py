@@ -26,6 +26,7 @@ from nnheads.benchmarks.datasets import load_dataset
 from nnheads.cli.main import main
 from nnheads.data import ImageSet
 from nnheads.errors import ConfigError, DataError, ShapeError, UnknownNameError
+from nnheads.evaluation import Evaluation
 from nnheads.preprocessing import Preprocessing
 
 
@@ -261,6 +262,22 @@ def test_calibration_by_hand() -> None:
     assert found.samples.tolist() == [0, 0, 0, 2, 2]  # 0.6 and 0.65 in (0.6, 0.8] but for the rounding of 0.6
     assert found.ece == pytest.approx((2 * (1 - 0.625) + 2 * (0.9 - 0.5)) / 4, abs=1e-6)
     assert found.accuracy[3:].tolist() == [1.0, 0.5]
+
+
+def test_calibration_is_that_of_an_evaluation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_probs = (3 * torch.randn(500, 7, generator=generator)).log_softmax(1)
+    labels = torch.randint(0, 8, (500,), generator=generator)  # 7 is no class of the model: never right
+    log_probs[0] = torch.tensor([1e-7, *[-30.0] * 6])  # above 1 by rounding
+    found = calibration(log_probs, labels)
+    assert found.ece == pytest.approx(Evaluation(log_probs, labels, 0.0).ece, abs=1e-6)
+    assert float(found.confidence[-1]) <= 1
+    with pytest.raises(ShapeError, match="0 or more, got -1"):
+        calibration(log_probs, labels - 1)
+
+
+def test_calibration_of_a_single_class() -> None:
+    assert calibration(torch.zeros(5, 1), torch.zeros(5, dtype=torch.int64)).ece == 0
 
 
 def test_retrieval_by_hand() -> None:
