@@ -54,7 +54,8 @@ def attach_head(
         num_classes: classes of the head; by default the width of the replaced layer, or the number of
             ``class_names``.
         preprocessing: what happens to an image before the backbone; kept, and saved with the model.
-        class_names: names of the classes; kept, and saved with the model.
+        class_names: names of the classes; kept, and saved with the model. A head put in place of another keeps those of
+            its model where it has as many classes as the other.
         **options: options of the head. With ``at`` also ``projector`` (``"pooled"``, ``"aux"`` for the trunk of
             the auxiliary classifier of torchvision's GoogLeNet and Inception v3, or a module from h to (B, dim)) and
             ``dim``, its width (64). The head's classifier starts with the weights of the one it replaces.
@@ -72,17 +73,17 @@ def attach_head(
         replaced = model.attached()
         if layer is not None and layer not in {entry.name for entry in replaced}:
             raise AttachError(f"the head replaces layer {model.layer!r}: detach_head before attaching at {layer!r}")
-        default_classes = model.head.num_classes
+        old_classes = model.head.num_classes
     else:
         replaced = find_classifiers(model, layer)
-        default_classes = replaced[0].num_classes
+        old_classes = replaced[0].num_classes
     names = tuple(class_names) if class_names is not None else None
     if isinstance(head, Head):
         asked = num_classes if num_classes is not None else max(len(names or ()), head.num_classes)
         if asked != head.num_classes:
             raise ConfigError(f"the head given has {head.num_classes} classes, not {asked}")
     if num_classes is None:
-        num_classes = len(names) if names is not None else default_classes
+        num_classes = len(names) if names is not None else old_classes
     elif names is not None and len(names) != num_classes:
         raise ConfigError(f"{len(names)} class_names for num_classes={num_classes}: give one name a class")
     split: Split | None = None
@@ -107,6 +108,8 @@ def attach_head(
     new_head.to(headed.device).train(model.training)
     if names is not None:
         headed.class_names = names
+    elif headed.class_names is not None and new_head.num_classes not in (old_classes, len(headed.class_names)):
+        headed.class_names = None  # of other classes than the new head's
     if preprocessing is not None:
         headed.preprocessing = preprocessing
     return headed

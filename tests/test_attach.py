@@ -16,6 +16,7 @@ from nnheads.attach import HeadedModel, attach_head, detach_head
 from nnheads.backbones import build_backbone
 from nnheads.errors import AttachError, ConfigError, ShapeError, UnknownNameError
 from nnheads.heads import build_head
+from nnheads.heads.compressed import compressed_head
 from nnheads.weights import load_weights
 
 
@@ -120,6 +121,21 @@ def test_attaching_again_swaps_the_head_and_keeps_the_rest() -> None:
     with pytest.raises(AttachError, match="already carries a head"):
         attach_head(nn.Sequential(headed), "knn")
     assert detach_head(headed)[3] is classifier  # type: ignore[index]
+
+
+def test_a_head_of_other_classes_does_not_take_their_names() -> None:
+    names = tuple("abcdefg")
+    headed = attach_head(mlp(), "dense", class_names=names)
+    assert attach_head(headed, "knn", num_classes=7).class_names == names
+    assert attach_head(headed, compressed_head(headed.head, 4)).class_names == names
+    assert attach_head(headed, "dense", class_names=["ant", "bee"]).class_names == ("ant", "bee")
+    assert attach_head(headed, "dense", num_classes=3).class_names is None
+    headed = attach_head(mlp(), "dense", class_names=names)
+    assert attach_head(headed, build_head("knn", 6, 3)).class_names is None
+    headed = attach_head(mlp(), "dense", num_classes=9)
+    headed.class_names = names  # the last two were never named
+    assert attach_head(headed, "knn").class_names == names
+    assert attach_head(headed, "knn", num_classes=7).class_names == names
 
 
 @pytest.mark.parametrize(
