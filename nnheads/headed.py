@@ -117,11 +117,8 @@ class HeadedModel(OpenedModel):
         head = self._memory_head("to add to")
         labels, names = as_labels(y, self.class_names, head.num_classes)
         known = None if ids is None else sample_ids(ids)
-        prepare = self.preprocessing if x.dtype == torch.uint8 else nn.Identity()
-        if prepare is None:
-            raise ConfigError("this model does not say how images are prepared: set model.preprocessing")
         with evaluating(self):
-            z = torch.cat([self.features(prepare(part).to(self.device)) for part in x.split(256)])
+            z = torch.cat([self.features(self._prepared(part)) for part in x.split(256)])
             held = head.add(z, labels.to(self.device), None if known is None else known.to(self.device))
         self.class_names = names
         if self.thumbnails is not None:
@@ -152,12 +149,23 @@ class HeadedModel(OpenedModel):
             raise ConfigError(f"head {self.head.name!r} stores no samples {purpose}; heads that do: {', '.join(able)}")
         return self.head
 
+    def _prepared(self, x: Tensor) -> Tensor:
+        """A batch on the model's device, images of uint8 as the backbone takes them."""
+        x = x.to(self.device)
+        if x.dtype != torch.uint8:
+            return x
+        if self.preprocessing is None:
+            raise ConfigError("this model does not say how uint8 images are prepared: set model.preprocessing")
+        dtypes = [p.dtype for p in self.backbone.parameters() if p.is_floating_point()]
+        return self.preprocessing(x).to(dtypes[0] if dtypes else torch.float32)
+
     def memorize(self, loader: Iterable[Any], *, same_images: bool = False) -> Self:
         """Embeds all samples, in evaluation mode, and stores them in the head's memory; no-op for a head without.
 
         Args:
             loader: yields ``(x, y, ids)`` a batch; or ``(x, y)``, in which case a sample's position in the loader is
-                its id, so a second loader needs ids of its own. A sample whose id is stored replaces it.
+                its id, so a second loader needs ids of its own. A sample whose id is stored replaces it. Images of
+                uint8 are prepared by ``preprocessing``.
             same_images: whether samples replace only themselves, so that their thumbnails stay.
 
         Returns:
@@ -165,6 +173,7 @@ class HeadedModel(OpenedModel):
 
         Raises:
             DataError: the batches are something else, or positions cannot be ids because the loader shuffles.
+            ConfigError: they are uint8 images and there is no preprocessing.
         """
         return self._embed_all(loader, replace=True, same_images=same_images)
 
@@ -188,7 +197,7 @@ class HeadedModel(OpenedModel):
                     x, y, ids = unpack(batch, loader, position)
                     position += len(y)
                     with torch.inference_mode():
-                        z = distributed.features(self, x.to(device))
+                        z = distributed.features(self, self._prepared(x))
                     z = z.clone()  # an ordinary tensor: the head may keep what it is given
                     self.head.memorize(z, y.to(device), ids=ids.to(device))
                     if not same_images and self.thumbnails is not None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from nnheads.attach import attach_head
+from nnheads.data import ImageSet
 from nnheads.errors import ConfigError, DataError
+from nnheads.preprocessing import Preprocessing
 
 
 def mlp() -> nn.Sequential:
@@ -90,6 +92,25 @@ def test_positions_are_ids_only_where_the_order_is_known() -> None:
 def test_batches_that_memorize_cannot_read(batch: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         attach_head(mlp(), "knn").memorize([batch])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_are_prepared_before_they_are_stored(dtype: torch.dtype) -> None:
+    preprocessing = Preprocessing((2, 4), 1, (0.4,), (0.2,))
+    images = torch.randint(0, 256, (40, 1, 2, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    y = torch.arange(40) % 4
+    headed = attach_head(mlp().to(dtype), "knn", preprocessing=preprocessing)
+    headed.memorize(DataLoader(ImageSet(images, y), batch_size=7))
+    embedded = headed.features(preprocessing(images).to(dtype))
+    assert torch.allclose(headed.head.memory.keys[:40].to(dtype), embedded, atol=1e-6)
+    headed.refresh(DataLoader(ImageSet(images, y), batch_size=7))
+    assert len(headed.head.memory) == 40
+    new = headed.add(images[:2], [0, 1])
+    assert torch.equal(headed.explain(preprocessing(images[:2]).to(dtype), k=2).ids.max(1).values, new)
+    headed.preprocessing = None
+    for call in (lambda: headed.memorize([(images, y)]), lambda: headed.add(images, y)):
+        with pytest.raises(ConfigError, match="how uint8 images are prepared"):
+            call()
 
 
 @pytest.mark.parametrize("head", ["dense", "nngk", "impostor"])
