@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 from types import ModuleType
-from typing import Any, final
+from typing import Any, Final, final
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from nnheads.errors import ConfigError
 
 _GPU_TEMP_BYTES = 256 * 2**20  # FAISS would take 1.5 GB a device
-_GPU_MAX_K = 2048  # a limit of FAISS's GPU kernels
+GPU_MAX_K: Final = 2048  # a limit of FAISS's GPU kernels
 
 _log = logging.getLogger(__name__)
 _gpu = threading.local()  # StandardGpuResources are not thread-safe and cost about 100 ms each
@@ -127,8 +127,8 @@ def _gpu_nearest(queries: Tensor, keys: Tensor, k: int, metric: str) -> Tensor:
     faiss = load_faiss()
     if faiss.get_num_gpus() == 0:
         raise ConfigError("this FAISS build sees no GPU, and the keys are on CUDA: use engine='torch' or 'auto'")
-    if k > _GPU_MAX_K:
-        raise ConfigError(f"FAISS on a GPU finds at most {_GPU_MAX_K} neighbours, got k={k}: use engine='torch'")
+    if k > GPU_MAX_K:
+        raise ConfigError(f"FAISS on a GPU finds at most {GPU_MAX_K} neighbours, got k={k}: use engine='torch'")
     import faiss.contrib.torch_utils  # makes knn_gpu take torch tensors, on torch's current stream
 
     device = keys.device.index or 0

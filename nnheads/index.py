@@ -127,11 +127,12 @@ class AutoIndex(Index):
             return Plan("torch", {}, f"{keys.dtype} keys on {device.type} are searched by torch alone")
         model = cost_model(device)
         strided = not keys.is_contiguous()  # BLAS and FAISS would copy them, FAISS those that are not hidden too
-        found = engines_for(device, 2 if strided and batch == 1 else batch, width)
+        wanted = min(k, self._findable)
+        found = engines_for(device, 2 if strided and batch == 1 else batch, width, wanted)
         engines = [engine for engine in found if model.knows(engine, batch)]
         if hidden or strided:
             engines = [engine for engine in engines if not engine.startswith("faiss")]
-        seconds = {engine: model.seconds(engine, rows, width, batch, min(k, self._findable)) for engine in engines}
+        seconds = {engine: model.seconds(engine, rows, width, batch, wanted) for engine in engines}
         if not seconds:
             return Plan("torch", {}, f"the {model.source} cost model knows no other that can")
         if self._half is not None and seconds.keys() > {"bfloat16"}:

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from nnheads._exact import HalfKeys, SingleKeys, products_nearest
-from nnheads._faiss import SinglePairs, faiss_available, faiss_gpu_available, faiss_nearest, load_faiss
+from nnheads._faiss import (
+    GPU_MAX_K,
+    SinglePairs,
+    faiss_available,
+    faiss_gpu_available,
+    faiss_nearest,
+    load_faiss,
+)
 from nnheads.devices import cpu_bfloat16, multiplies_bfloat16
 from nnheads.errors import CheckpointError
 from nnheads.storage import cache_root, replace_text
@@ -103,14 +110,15 @@ class Plan:
         return f"{self.engine}: {self.reason}" + (f" ({listed})" if listed else "")
 
 
-def engines_for(device: torch.device, batch: int, width: int) -> list[str]:
-    """Engines that can search float32 keys on a device with a batch of so many queries of so many numbers."""
+def engines_for(device: torch.device, batch: int, width: int, k: int) -> list[str]:
+    """Engines that can search float32 keys on a device with a batch of so many queries of so many numbers, for k rows
+    each."""
     found = ["gemv"] if batch == 1 and device.type == "cpu" else ["torch", "torch-groups"]
     if multiplies_bfloat16(device):
         found.append("bfloat16")
     if device.type == "cpu" and faiss_available():
         found.append("faiss-products" if batch * width >= FAISS_PRODUCTS else "faiss-pairs")
-    elif device.type == "cuda" and faiss_gpu_available():
+    elif device.type == "cuda" and k <= GPU_MAX_K and faiss_gpu_available():
         found.append("faiss-products")
     return found
 
@@ -195,7 +203,7 @@ def _probes(device: torch.device) -> Iterator[tuple[int, int, int, int, str, Cal
             if batch * rows * width > 2**31:
                 continue
             queries = torch.randn(batch, width, generator=generator).to(device)
-            for engine in engines_for(device, batch, width):
+            for engine in engines_for(device, batch, width, k):
                 if engine == "faiss-pairs" and batch * rows * width > 2**28:
                     continue
                 yield rows, width, batch, k, engine, _search(engine, queries, keys, offset, k, half)

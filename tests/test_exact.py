@@ -111,7 +111,7 @@ def test_the_plan_says_what_and_why() -> None:
     index.build(torch.randn(2000, 16))
     plan = index.explain_plan(1, 5)
     assert plan.engine == min(plan.seconds, key=plan.seconds.__getitem__)
-    assert set(plan.seconds) == set(engines_for(CPU, 1, 16))
+    assert set(plan.seconds) == set(engines_for(CPU, 1, 16, 5))
     assert "default cost model" in str(plan)
     assert " ms" in str(plan)
     index.build(torch.randn(20, 4).double())
@@ -285,3 +285,20 @@ def test_a_cost_model_that_does_not_know_an_engine_leaves_it_out(monkeypatch: py
     model = CostModel({"gemv": [1e-6] * 7}, "measured")
     monkeypatch.setattr(search_costs, "_models", {search_costs._key(CPU): model})
     assert index.explain_plan(1, 3).advantage == float("inf")
+
+
+def test_more_neighbours_than_faiss_finds_on_a_gpu_are_not_its_to_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_a_gpu(device: torch.device, *call: int) -> list[str]:
+        return engines_for(torch.device("cuda"), *call)
+
+    for name, answer in (("faiss_gpu_available", True), ("multiplies_bfloat16", False)):
+        monkeypatch.setattr(search_costs, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr("nnheads.index.engines_for", on_a_gpu)
+    model = CostModel({"torch": [1.0] * 7, "faiss-products": [1e-6] * 7}, "measured")
+    monkeypatch.setattr("nnheads.index.cost_model", lambda device: model)
+    index = AutoIndex()
+    index.build(torch.randn(3000, 8))
+    assert index.explain_plan(16, 2048).engine == "faiss-products"
+    assert index.explain_plan(16, 2049).engine == "torch"
+    index.build(torch.randn(100, 8))
+    assert index.explain_plan(16, 2049).engine == "faiss-products"  # there are 100

@@ -81,9 +81,10 @@ def test_queries_from_the_host_and_more_neighbours_than_rows(engine: str) -> Non
 
 
 def test_faiss_names_its_limit_of_neighbours(engine: str) -> None:
-    if engine != "faiss":
-        pytest.skip("a limit of FAISS alone")
-    index = build_index("faiss")
+    index = build_index(engine)  # type: ignore[arg-type]
     index.build(torch.randn(3000, 4, device="cuda"))
+    if engine != "faiss":
+        assert index.search(torch.randn(2, 4, device="cuda"), 2500).shape == (2, 2500)
+        return
     with pytest.raises(ConfigError, match="2048"):
         index.search(torch.randn(2, 4, device="cuda"), 2500)
