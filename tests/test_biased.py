@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nnheads
+from nnheads.analysis import analyze, default_layers, layer_embeddings
 from nnheads.classifier_layer import find_classifiers
 from nnheads.errors import AttachError, CheckpointError, ConfigError
 from nnheads.gating import count_flops, sweep_threshold
@@ -383,6 +384,33 @@ def test_a_class_that_the_classifier_never_saw_is_answered_at_once(fitted: Heade
     assert float((model(seen).argmax(1) == y).float().mean()) > 0.75
     head_of(model).drop(new)
     assert not bool((model(x).argmax(1) == CLASSES).any())
+
+
+# ---- looked at layer by layer ------------------------------------------------------------------------------------
+
+
+def test_layers_see_every_sample_whatever_the_gate_lets_skip(fitted: HeadedModel) -> None:
+    model = copy.deepcopy(fitted).eval()
+    head_of(model).gate.threshold.fill_(float(model.gated(images(6)[0]).gate.detach().median()))
+    x, y = images(6)
+    assert 0 < int(model.gated(x).skipped.sum()) < len(x)
+    few = torch.utils.data.TensorDataset(x, y)
+    found = layer_embeddings(model, few, device="cpu")
+    assert {name: len(rows) for name, rows in found.items()} == dict.fromkeys([*default_layers(model), "output"], len(x))
+    assert torch.allclose(found["output"], model(x), atol=1e-5)
+    assert torch.allclose(found["linear"], model.features(x)[:, 8:], atol=1e-5)
+    report = analyze(model, few, few, kinds=("knn",), device="cpu")
+    assert report["accuracy"] == pytest.approx(float((model(x).argmax(1) == y).float().mean()))
+
+
+def test_so_do_layers_that_the_cut_goes_through() -> None:
+    model = nnheads.attach_head(nnheads.build_backbone("slim_resnet18", 10), "biased", at="layer2.0").eval()
+    few = torch.utils.data.TensorDataset(torch.randn(6, 3, 32, 32), torch.arange(6))
+    found = layer_embeddings(model, few, ["layer2", "layer4.1"], device="cpu")
+    assert all(entry.tap.seen is None for entry in model.attached())
+    whole = layer_embeddings(model.backbone, few, ["layer2", "layer4.1"], device="cpu")
+    for name in ("layer2", "layer4.1"):
+        assert torch.allclose(found[name], whole[name], atol=1e-5)
 
 
 # ---- saving, copying, swapping ------------------------------------------------------------------------------------

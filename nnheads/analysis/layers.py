@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from nnheads.devices import Precision, autocast_for, prefers_channels_last, resolve_device
 from nnheads.errors import ConfigError, DataError, ShapeError, unknown_name
@@ -87,7 +87,8 @@ def layer_embeddings(
 
     Feature maps (B, C, H, W) are averaged over positions, as in "DNN or k-NN", and so are sequences of tokens
     (B, T, d); vectors stay as they are. Of a layer that gives several tensors (attention) the first is taken; of one
-    that is called several times in a forward, the last call.
+    that is called several times in a forward, the last call. A model that the biased head cuts in two runs whole for
+    every sample; its answers are the same.
 
     Args:
         model: any module, or what `attach_head` returned. Moved to ``device``, otherwise unchanged.
@@ -116,12 +117,15 @@ def layer_embeddings(
         target = target_for(model, where, precision)
     else:
         target = Target(where, preprocessing=preprocessing, channels_last=prefers_channels_last(where, precision))
+    # called as a whole it would not run its second part for samples that its gate answers
+    cut = model if isinstance(model, HeadedModel) and model.at is not None else None
     store = _Store([*names, OUTPUT], memory, folder)
     seen: dict[str, Tensor] = {}
 
     def remember(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            seen[name] = _pooled(name, output)  # now: a layer behind this one may write over it
+            if not isinstance(output, fx.Proxy):  # which it is while the backbone is cut in two
+                seen[name] = _pooled(name, output)  # now: a layer behind this one may write over it
 
         return hook
 
@@ -133,7 +137,9 @@ def layer_embeddings(
         for x, y, sample_ids in ordered_batches(data, target, batch_size=batch_size):
             seen.clear()
             with autocast_for(where, precision):
-                seen[OUTPUT] = _pooled(OUTPUT, model(x))
+                seen[OUTPUT] = _pooled(OUTPUT, model(x) if cut is None else cut.head(cut.features(x)))
+                if cut is not None and not seen.keys() >= modules.keys():
+                    _run_backbone(cut, x)
             store.add({name: _counted(name, seen, len(y)) for name in [*names, OUTPUT]})
             labels.append(y.cpu())
             ids.append(sample_ids.cpu())
@@ -185,6 +191,13 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     if name == OUTPUT or not name or name not in modules:
         raise unknown_name("layer", name, [key for key in modules if key])
     return modules[name]
+
+
+def _run_backbone(model: HeadedModel, x: Tensor) -> None:
+    """Calls every module of the backbone: of one that is cut in two, those that the cut goes through are not."""
+    model.backbone(x)
+    for entry in model.attached():
+        entry.tap.take()
 
 
 def _pooled(name: str, value: Any) -> Tensor:
