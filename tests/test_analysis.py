@@ -196,6 +196,75 @@ def test_a_layer_is_read_before_the_next_one_writes_over_it(images: ImageSet) ->
     assert found["1"].min() < 0
 
 
+class _Maps(nn.Module):
+    """A block on maps (B, H, W, C): as Swin Transformers have them, or turned around it as in ConvNeXt."""
+
+    def __init__(self, width: int, turned: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mix = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.turned = turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.turned:
+            return x + self.mix(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+        flat = x.flatten(1, 2)
+        return (flat + self.mix(self.norm(flat))).view_as(x)  # type: ignore[no-any-return]
+
+
+class _Excited(nn.Module):
+    """Squeeze and excitation: what works last is a linear layer, on vectors."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.weigh = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x * self.weigh(x.mean((2, 3))).sigmoid()[:, :, None, None]  # type: ignore[no-any-return]
+
+
+class _Channels(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, padding=1)
+        self.blocks = nn.ModuleList([_Excited(width), _Maps(width, True), _Maps(width, False)])
+        self.linear = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[1](self.blocks[0](self.stem(x)))
+        return self.linear(self.blocks[2](x.permute(0, 2, 3, 1)).mean((1, 2)))  # type: ignore[no-any-return]
+
+
+def test_maps_are_averaged_over_positions_wherever_their_channels_are(images: ImageSet) -> None:
+    torch.manual_seed(0)
+    net = _Channels(5)
+    names = default_layers(net)
+    assert names == ["stem", "blocks.0", "blocks.1", "blocks.2", "linear"]
+    found = layer_embeddings(net, images, [*names, "blocks.2.norm"], preprocessing=GREY, device="cpu")
+    assert [found[name].shape[1] for name in names] == [5, 5, 5, 5, 3]
+    with torch.no_grad():
+        maps = net.blocks[1](net.blocks[0](net.stem(GREY(images.images))))
+        assert torch.allclose(found["blocks.1"], maps.mean((2, 3)), atol=1e-6)
+        assert torch.allclose(found["blocks.2"], net.blocks[2](maps.permute(0, 2, 3, 1)).mean((1, 2)), atol=1e-6)
+    square = _Channels(6)  # on images of 6 x 6
+    assert layer_embeddings(square, images, ["blocks.0"], preprocessing=GREY, device="cpu")["blocks.0"].shape[1] == 6
+    with pytest.raises(ShapeError, match=r"'blocks.2' gave \(50, 6, 6, 6\), whose channels may be in dimension 1 or 3"):
+        layer_embeddings(square, images, ["blocks.2"], preprocessing=GREY, device="cpu")
+
+
+def test_layers_of_a_swin_transformer() -> None:
+    import torchvision
+
+    net = torchvision.models.swin_t(num_classes=3)
+    few = torch.utils.data.TensorDataset(torch.randn(1, 3, 64, 64), torch.tensor([0]))
+    names = [name for name in default_layers(net) if name.startswith("features")]
+    found = layer_embeddings(net, few, device="cpu")
+    widths = [found[name].shape[1] for name in names]
+    assert widths == [96, 96, 96, 192, 192, 192, *[384] * 7, *[768] * 3]
+
+
 def test_layers_spill_to_disk_and_clean_up(images: ImageSet, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = _Net()

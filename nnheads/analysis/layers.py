@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, final
+from typing import Any, BinaryIO, NamedTuple, final
 
 import numpy as np
 import torch
@@ -22,6 +22,17 @@ from nnheads.preprocessing import Preprocessing
 
 OUTPUT = "output"
 """The name under which the model's own output comes, beside those of its layers."""
+
+
+_WORKING = (nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
+"""What says in which dimension the channels are."""
+
+
+class _Worked(NamedTuple):
+    """How many numbers a layer gave that works on the last dimension, and how wide that is."""
+
+    numbers: int
+    width: int
 
 
 @final
@@ -86,7 +97,9 @@ def layer_embeddings(
     """The embeddings of a data set at several layers, in one pass and in evaluation mode.
 
     Feature maps (B, C, H, W) are averaged over positions, as in "DNN or k-NN", and so are sequences of tokens
-    (B, T, d); vectors stay as they are. Of a layer that gives several tensors (attention) the first is taken; of one
+    (B, T, d); vectors stay as they are. Feature maps are taken for channels-last, (B, H, W, C), as Swin Transformers
+    have them, where what worked last inside the layer is an ``nn.Linear`` or ``nn.LayerNorm`` whose features are in the
+    last dimension. Of a layer that gives several tensors (attention) the first is taken; of one
     that is called several times in a forward, the last call. A model that the biased head cuts in two runs whole for
     every sample; its answers are the same.
 
@@ -105,7 +118,8 @@ def layer_embeddings(
     Raises:
         UnknownNameError: a layer that the model does not have.
         DataError: there are no samples.
-        ShapeError: a layer gives no tensor, or another width from one batch to the next.
+        ShapeError: a layer gives no tensor, or another width from one batch to the next; or feature maps are as high as
+            they are deep, and either dimension may hold the channels.
     """
     names = list(default_layers(model) if layers is None else dict.fromkeys(layers))
     if memory < 0:
@@ -121,15 +135,29 @@ def layer_embeddings(
     cut = model if isinstance(model, HeadedModel) and model.at is not None else None
     store = _Store([*names, OUTPUT], memory, folder)
     seen: dict[str, Tensor] = {}
+    inside: dict[str, _Worked | None] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            inside[name] = _features_last(module, output)
+
+        return hook
 
     def remember(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if not isinstance(output, fx.Proxy):  # which it is while the backbone is cut in two
-                seen[name] = _pooled(name, output)  # now: a layer behind this one may write over it
+                # now: a layer behind this one may write over it
+                seen[name] = _pooled(name, output, inside.pop(name, None))
 
         return hook
 
-    hooks = [module.register_forward_hook(remember(name)) for name, module in modules.items()]
+    hooks = [
+        part.register_forward_hook(watch(name))  # before the next, for the layer may be such a part itself
+        for name, module in modules.items()
+        for part in module.modules()
+        if isinstance(part, _WORKING)
+    ]
+    hooks += [module.register_forward_hook(remember(name)) for name, module in modules.items()]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     labels, ids = [], []
@@ -200,8 +228,20 @@ def _run_backbone(model: HeadedModel, x: Tensor) -> None:
         entry.tap.take()
 
 
-def _pooled(name: str, value: Any) -> Tensor:
-    """(B, d) numbers of a layer's output."""
+def _features_last(module: nn.Module, output: Any) -> _Worked | None:
+    """What a layer that works on the last dimension gave; None for others, and for norms of maps (B, C, H, W)."""
+    if isinstance(module, nn.Linear):
+        width = module.out_features
+    elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
+        width = module.normalized_shape[0]
+    else:
+        return None
+    own = isinstance(output, Tensor) and output.shape[-1] == width
+    return _Worked(output.numel(), width) if own else None
+
+
+def _pooled(name: str, value: Any, last: _Worked | None = None) -> Tensor:
+    """(B, d) numbers of a layer's output; ``last`` is what worked last inside the layer, see `_features_last`."""
     while isinstance(value, tuple | list) and value:
         value = value[0]
     if isinstance(value, Mapping):  # what Hugging Face's models return
@@ -211,7 +251,14 @@ def _pooled(name: str, value: Any) -> Tensor:
         raise ShapeError(f"layer {name!r} gave {got}, not one row a sample: name another layer")
     value = value.float()
     if value.ndim >= 4:
-        value = value.flatten(2).mean(2)
+        # As many numbers: not what weighs channels by a vector, as in squeeze-and-excitation.
+        channels_last = last is not None and last == (value.numel(), value.shape[-1])
+        if channels_last and value.shape[1] == value.shape[-1]:
+            raise ShapeError(
+                f"layer {name!r} gave {tuple(value.shape)}, whose channels may be in dimension 1 or {value.ndim - 1}: "
+                "give images of another size, or name another layer"
+            )
+        value = value.flatten(1, -2).mean(1) if channels_last else value.flatten(2).mean(2)
     elif value.ndim == 3:
         value = value.mean(1)
     pooled: Tensor = value.reshape(len(value), -1)
