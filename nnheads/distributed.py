@@ -2,7 +2,8 @@
 
 Every process goes through the same batches, runs the backbone on its own part of each, and gathers the embeddings of
 all. The head then sees whole batches, in every process alike: its loss, its centers and what it remembers are those of
-one process, whatever the head. Gradients of the backbone are summed. Batch norm alone sees a part of a batch; its
+one process, whatever the head. Gradients of the backbone are summed, and those of a gated head's projector, which sees
+the own part as well. Batch norm alone sees a part of a batch; its
 statistics are averaged.
 """
 
@@ -145,9 +146,15 @@ def gather_rows(rows: Tensor, sizes: list[int] | None = None) -> list[Tensor]:
     return [part[:size] for part, size in zip(found, sizes, strict=True)]
 
 
+def sharing(model: HeadedModel) -> nn.ModuleList:
+    """What `features` runs on a part of a batch: the backbone, and the projector of a model that is cut in two."""
+    projector = model.gated_head().projector if model.at is not None else None
+    return nn.ModuleList([model.backbone] if projector is None else [model.backbone, projector])
+
+
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum the backbone's gradients over the processes, after a backward pass through `features`."""
+    """Sum the gradients of what is in `sharing` over the processes, after a backward pass through `features`."""
     if _sharing and _split:
         _reduce([p.grad for p in parameters if p.grad is not None], 1)
 

@@ -132,7 +132,7 @@ class TrainingRun:
                 if storing:
                     head.abandon_refresh()
                 raise
-        distributed.average_statistics(self.model.backbone)
+        distributed.average_statistics(distributed.sharing(self.model))
         if self.trains_with_memory:
             # Ends the storing; and centers have moved, so an automatic width is chosen anew.
             head.refreshed()
@@ -155,7 +155,7 @@ class TrainingRun:
             loss = model.head.loss(z, y, ids=ids)
         optimizer.zero_grad()
         loss.backward()
-        distributed.sum_gradients(model.backbone.parameters())
+        distributed.sum_gradients(distributed.sharing(model).parameters())
         optimizer.step()
         self.step += 1
         self.history.gradient_samples += len(y)
@@ -202,7 +202,7 @@ class TrainingRun:
             return  # the centers fit the weights as they are, not the averaged ones
         if self.average is not None:
             self.average.apply()
-            distributed.average_statistics(self.model.backbone)
+            distributed.average_statistics(distributed.sharing(self.model))
         if not head.uses_memory:
             return
         if interrupted:
