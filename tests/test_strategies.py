@@ -15,6 +15,7 @@ from torch import Tensor
 from nnheads.benchmarks.streams import Stream, make_stream
 from nnheads.data import ImageSet
 from nnheads.errors import ConfigError, DataError, DivergedError, UnknownNameError
+from nnheads.heads import list_heads
 from nnheads.heads.memory_head import MemoryHead
 from nnheads.strategies import list_strategies, strategy_spec
 from nnheads.strategies.buffer import ExemplarBuffer
@@ -394,6 +395,51 @@ def test_avalanche_evaluates_and_logs_it_like_its_own() -> None:
     [accuracy] = [v for name, v in found.items() if name.startswith("Top1_Acc_Stream/eval_phase")]
     assert accuracy > 0.9
     assert any(name.startswith("Top1_Acc_Epoch/train_phase") for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("head", "options"),
+    [
+        *((name, {}) for name in list_heads()),
+        ("impostor", {"centers": "tied", "whiten": 0.3}),
+        ("nngk", {"bytes_per_center": 16}),
+        ("kernel", {"track": False}),
+        ("knn", {"vote": "gaussian"}),
+    ],
+    ids=str,
+)
+def test_watching_with_metrics_changes_nothing(head: str, options: dict[str, Any]) -> None:
+    """Weights, centers, widths and exemplars are the same with an evaluator that has metrics."""
+    import_avalanche()
+    from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+    from avalanche.training.plugins import EvaluationPlugin
+
+    from nnheads.attach import attach_head
+    from nnheads.strategies.replay import ReplayStrategy
+
+    stream = small_stream()
+    states = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        metrics = (accuracy_metrics(epoch=True, minibatch=True), loss_metrics(epoch=True))
+        with quiet_avalanche():
+            strategy = ReplayStrategy(
+                model=attach_head(replay_setup(stream).backbone, head, num_classes=10, **options),
+                preprocessing=stream.preprocessing,
+                augment="crop",
+                buffer=ExemplarBuffer(40, SHAPE),
+                learning_rate=0.05,
+                train_epochs=2,
+                train_mb_size=16,
+                evaluator=EvaluationPlugin(*metrics, loggers=[]) if watched else None,
+            )
+            for experience in stream.benchmark.train_stream:
+                strategy.train(experience, eval_streams=[])
+        states.append({**strategy.model.state_dict(), "exemplars": strategy.buffer.ids})
+    alone, watched_too = states
+    assert alone.keys() == watched_too.keys()
+    differing = [name for name in alone if not torch.equal(alone[name].nan_to_num(), watched_too[name].nan_to_num())]
+    assert not differing
 
 
 def test_avalanche_evaluates_classes_to_come_and_shows_its_progress(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,7 +132,7 @@ class ImpostorHead(KernelVoteHead):
                 return loss
             if self.memory.coded:
                 centers = self.memory.keys_at(own)
-                if self.training and torch.is_grad_enabled():
+                if self._learning:
                     self.memory.write(own, centers.lerp(z.detach(), self.center_lr))
                 return loss + self.tie * (z - centers).square().sum(-1).mean()
             # Whatever lambda, a center goes center_lr of the way to its sample; once, also where replay put the sample

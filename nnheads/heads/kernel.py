@@ -140,14 +140,14 @@ class KernelHead(MemoryHead):
         if self.width.wanted(len(self.memory)):
             self.width.choose(self._stored_distances(), len(self.memory))
         logits = self._over_all(z, ids) if self.all_centers else self._over_nearest(z, ids)
-        if self.training and self.track:
+        if self._learning and self.track:
             self._track(z, ids)
         return logits.log_softmax(-1)
 
     def _over_nearest(self, z: Tensor, ids: Tensor | None) -> Tensor:
         rows = self._search(z, ids, self.k)
         sq = squared_distances(z, self._centers(rows, len(z)))
-        if self.training:
+        if self._learning:
             self.width.follow(sq.detach(), rows >= 0)
         return kernel_neuron(self._kernels(sq) * (rows >= 0), self._alphas(rows, len(z)), self.bias)
 
@@ -176,10 +176,6 @@ class KernelHead(MemoryHead):
         if not self._learning or not self.alpha_lr:
             return table[rows.clamp_min(0)]
         return trained_rows(self.memory, table, rows, self.alpha_lr, batch)
-
-    @property
-    def _learning(self) -> bool:
-        return self.training and torch.is_grad_enabled()
 
     def _kernels(self, sq: Tensor) -> Tensor:
         sigma: Tensor = self.width()

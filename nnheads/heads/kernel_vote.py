@@ -149,7 +149,7 @@ class KernelVoteHead(MemoryHead):
         if self.width.wanted(len(self.memory)):
             self.width.choose(self._stored_distances(), len(self.memory))
         sq = squared_distances(z, self._centers(rows), overwrite=True)
-        if self.training:
+        if self._learning:
             self.width.follow(sq.detach(), rows >= 0)
         return kernel_log_weights(sq, self.width(), rows >= 0, self._log_w(rows))
 
@@ -167,7 +167,7 @@ class KernelVoteHead(MemoryHead):
         z = self._embed(z.to(self.memory.keys.dtype))
         rows = self._search(z, ids, self.k)
         log_probs = floored_log_probs(self._log_shares(self._log_weights(z, rows), rows), self.floor)
-        if self.training and self.tracks:
+        if self._learning and self.tracks:
             self._track(z, ids)
         return log_probs
 
@@ -188,6 +188,6 @@ class KernelVoteHead(MemoryHead):
 
     def _step_rows(self, table: Tensor, rows: Tensor, step: float | Tensor) -> Tensor:
         """Rows (B, k) or (n,) of a table; in training they take a step of that size, see `trained_rows`."""
-        if self.training and torch.is_grad_enabled() and (isinstance(step, Tensor) or step > 0):
+        if self._learning and (isinstance(step, Tensor) or step > 0):
             return trained_rows(self.memory, table, rows, step)
         return table[rows.clamp_min(0)]

@@ -53,6 +53,12 @@ class MemoryHead(SearchingHead):
         return False
 
     @property
+    def _learning(self) -> bool:
+        """Whether what is asked is a step of training. In training mode without gradients the head is watched (for a
+        metric, say): what follows the batches of training must not follow those too."""
+        return self.training and torch.is_grad_enabled()
+
+    @property
     def bytes(self) -> int:
         """Bytes of the memory, and of what maps embeddings to its keys where that depends on the samples stored."""
         return self.memory.bytes

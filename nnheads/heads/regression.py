@@ -168,7 +168,7 @@ class RegressionHead(MemoryHead):
         valid, held = rows >= 0, rows.clamp_min(0)
         keys = self.memory.keys[held]
         sq = squared_distances(phi, keys)
-        if self.training:
+        if self._learning:
             self.width.follow(sq.detach(), valid)
         weights = kernel_log_weights(sq, self._current_width(), valid).exp() * valid
         regressed = torch.einsum("bk,bkd->bd", weights, self.memory.column("z")[held])

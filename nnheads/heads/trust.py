@@ -87,7 +87,7 @@ class TrustedRegressionHead(RegressionHead):
             network = self.classifier.layer(self._second(z)).argmax(-1)
             agrees = (self.classifier.layer(near.regressed).argmax(-1) == network).to(z.dtype)
             trust = self.gate.mean_kernel(self._code_distances(phi, near), near.valid)
-            if self.training:
+            if self._learning:
                 self._track(phi, given)
             return loss + F.binary_cross_entropy(trust.clamp(1e-6, 1 - 1e-6)[teaches], agrees[teaches])
 

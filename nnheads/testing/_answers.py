@@ -106,6 +106,16 @@ def _evaluation_changes_nothing(name: str, options: dict[str, Any]) -> None:
 
 
 @contract_check
+def _watching_changes_nothing(name: str, options: dict[str, Any]) -> None:
+    """In training mode without gradients, as for a metric between two steps, an answer leaves the state as it was."""
+    head, z, _, ids = trained_head(name, options)
+    state = state_of(head)
+    with torch.no_grad():
+        head.train()(1.5 * z, ids=ids)
+    expect(unchanged(head, state), "an answer without gradients changes the state in training mode")
+
+
+@contract_check
 def _ids(name: str, options: dict[str, Any]) -> None:
     """ids (B,), (B, 2), -1 and unknown ones are accepted; no sample has itself among its neighbours."""
     head, z, y, ids = filled_head(name, options)
