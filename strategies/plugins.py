@@ -3,18 +3,83 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any, final
+from collections.abc import Callable, Iterable
+from typing import Any, Final, final
 
 import numpy as np
 import torch
 from avalanche.core import SupervisedPlugin
-from avalanche.training.plugins import EvaluationPlugin
-from avalanche.training.plugins.gem import GEMPlugin
+from avalanche.training.losses import ICaRLLossPlugin
+from avalanche.training.plugins import (
+    AGEMPlugin,
+    BiCPlugin,
+    CoPEPlugin,
+    CurrentDataFeCAMUpdate,
+    CurrentDataNCMUpdate,
+    EvaluationPlugin,
+    EWCPlugin,
+    FeatureDistillationPlugin,
+    FeCAMOracle,
+    GDumbPlugin,
+    GEMPlugin,
+    GenerativeReplayPlugin,
+    GSS_greedyPlugin,
+    LFLPlugin,
+    LwFPlugin,
+    MASPlugin,
+    MemoryFeCAMUpdate,
+    MemoryNCMUpdate,
+    MIRPlugin,
+    NCMOracle,
+    RARPlugin,
+    ReplayPlugin,
+    RWalkPlugin,
+)
 from torch import Tensor
 
 from nnheads.averaging import WeightAverage
 from nnheads.data import leaves_one
+from nnheads.errors import ConfigError
+
+_OF_OUTPUTS_OR_INPUTS: Final = (
+    AGEMPlugin,
+    BiCPlugin,
+    CoPEPlugin,
+    CurrentDataFeCAMUpdate,
+    CurrentDataNCMUpdate,
+    EWCPlugin,
+    FeatureDistillationPlugin,
+    FeCAMOracle,
+    GDumbPlugin,
+    GEMPlugin,
+    GSS_greedyPlugin,
+    GenerativeReplayPlugin,
+    ICaRLLossPlugin,
+    LFLPlugin,
+    LwFPlugin,
+    MASPlugin,
+    MIRPlugin,
+    MemoryFeCAMUpdate,
+    MemoryNCMUpdate,
+    NCMOracle,
+    RARPlugin,
+    RWalkPlugin,
+    ReplayPlugin,
+)
+"""Avalanche's plugins that take the outputs of a training step for logits with a gradient, give a model the images of
+the data set as they are, or bring batches of their own."""
+
+
+def check_sees_no_outputs(strategy: str, plugins: Iterable[Any]) -> None:
+    """ConfigError for plugins of Avalanche that cannot work where training steps are on embeddings and a data set's
+    images are raw; ``strategy`` is the name of what trains so."""
+    for plugin in plugins:
+        if isinstance(plugin, _OF_OUTPUTS_OR_INPUTS):
+            raise ConfigError(
+                f"{type(plugin).__name__} does not work with {strategy}, which trains on embeddings and batches of its "
+                "own: plugins can look at weights, losses and metrics (SynapticIntelligence, LRScheduler, "
+                "EarlyStopping, loggers)"
+            )
 
 
 def silent_evaluator() -> EvaluationPlugin:

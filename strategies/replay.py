@@ -32,7 +32,7 @@ from nnheads.headed import HeadedModel
 from nnheads.heads.base import Head
 from nnheads.heads.memory_head import MemoryHead
 from nnheads.strategies.buffer import ExemplarBuffer
-from nnheads.strategies.plugins import silent_evaluator
+from nnheads.strategies.plugins import check_sees_no_outputs, silent_evaluator
 from nnheads.strategies.refill import EMBED_BATCH, check_finite, refill
 from nnheads.strategies.replay_loader import OfOneTask, ReplayLoader
 from nnheads.strategies.views import ContrastiveViews
@@ -50,8 +50,12 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
     exactly the buffer's samples, embedded in evaluation mode.
 
     Works on any Avalanche benchmark whose items are ``(x, y, id)`` with raw uint8 images; an id stands for one sample
-    of the whole stream, not of an experience. Avalanche's plugins and loggers work as usual; with an evaluator that has
-    metrics, the head's output is computed a second time each step.
+    of the whole stream, not of an experience. Metrics, loggers, ``eval_every`` and Avalanche's plugins that look at
+    weights, losses and metrics work as usual (SynapticIntelligence, LRScheduler, EarlyStopping), and so do plugins of
+    your own that need no more. In training ``mb_output`` is the embeddings, or with an evaluator that has metrics the
+    head's output without a gradient, computed a second time, which changes nothing of what is learned. So plugins that
+    build a loss on it, give the model the images of ``adapted_dataset`` or replay (LwF, EWC, MAS, RWalk, GEM, A-GEM,
+    Replay and the like) cannot work and are refused.
 
     Args:
         model: backbone and head; the head has room for all classes, or widens as they come.
@@ -76,6 +80,9 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
     Attributes:
         intake: classes whose new samples are offered to the buffer; None for all.
         further_loss: of the images and embeddings of a batch; added to the loss.
+
+    Raises:
+        ConfigError: settings or plugins that cannot work.
     """
 
     dataloader: Any
@@ -112,6 +119,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
             raise ConfigError(f"views must be 1 or 2, not {views!r}")
         if ema is not None and not 0 < ema < 1:
             raise ConfigError(f"ema must be between 0 and 1, not {ema}")
+        check_sees_no_outputs(type(self).__name__, plugins or ())
         preprocessing = preprocessing or model.preprocessing
         if preprocessing is None:
             raise ConfigError("the strategy gets raw images: give preprocessing=, here or to attach_head")
@@ -277,6 +285,10 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         super().optimizer_step()
         if self.average is not None:
             self.average.update()
+
+    def _before_training(self, **kwargs: Any) -> None:
+        check_sees_no_outputs(type(self).__name__, self.plugins)  # some may have been added since
+        super()._before_training(**kwargs)
 
     def _before_training_exp(self, **kwargs: Any) -> None:
         if isinstance(self.head, MemoryHead):

@@ -442,6 +442,54 @@ def test_watching_with_metrics_changes_nothing(head: str, options: dict[str, Any
     assert not differing
 
 
+def test_plugins_that_cannot_work_are_refused() -> None:
+    """At once, and where they were added later before anything is trained; others are left alone."""
+    import_avalanche()
+    from avalanche.core import SupervisedPlugin
+    from avalanche.training import plugins
+
+    from nnheads.attach import attach_head
+    from nnheads.strategies.replay import ReplayStrategy
+
+    stream = small_stream()
+
+    def strategy_with(*given: Any) -> Any:
+        model = attach_head(replay_setup(stream).backbone, "impostor", num_classes=10)
+        return ReplayStrategy(
+            model=model, preprocessing=stream.preprocessing, buffer=ExemplarBuffer(20, SHAPE), plugins=given
+        )
+
+    class Own(SupervisedPlugin):  # type: ignore[misc]
+        def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+            self.loss = float(strategy.loss.detach())
+
+    with quiet_avalanche():
+        for plugin in (
+            plugins.LwFPlugin(1.0, 2.0),
+            plugins.EWCPlugin(1.0),
+            plugins.MASPlugin(),
+            plugins.RWalkPlugin(),
+            plugins.GEMPlugin(5, 0.5),
+            plugins.AGEMPlugin(20, 16),
+            plugins.ReplayPlugin(20),
+        ):
+            with pytest.raises(ConfigError, match=f"{type(plugin).__name__} does not work with ReplayStrategy") as said:
+                strategy_with(plugin)
+            assert "\n" not in str(said.value)
+            late = strategy_with()
+            late.plugins.append(plugin)
+            with pytest.raises(ConfigError, match=f"{type(plugin).__name__} does not work"):
+                late.train(stream.benchmark.train_stream[0], eval_streams=[])
+            assert not late.gradient_samples
+        own = Own()
+        strategy = strategy_with(own, plugins.SynapticIntelligencePlugin(1.0))
+        schedule = torch.optim.lr_scheduler.StepLR(strategy.optimizer, 1, 0.5)
+        strategy.plugins.append(plugins.LRSchedulerPlugin(schedule, reset_scheduler=False, reset_lr=False))
+        strategy.train(stream.benchmark.train_stream[0], eval_streams=[])
+    assert own.loss > 0
+    assert strategy.optimizer.param_groups[0]["lr"] == 0.05
+
+
 def test_avalanche_evaluates_classes_to_come_and_shows_its_progress(capsys: pytest.CaptureFixture[str]) -> None:
     import_avalanche()
     from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
