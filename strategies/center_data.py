@@ -13,6 +13,7 @@ from nnheads.data import ImageSet
 from nnheads.errors import ConfigError, DataError
 from nnheads.headed import HeadedModel
 from nnheads.heads.kernel_vote import KernelVoteHead
+from nnheads.strategies.items import IDS_WANTED, has_ids
 from nnheads.strategies.refill import EMBED_BATCH
 
 
@@ -30,11 +31,10 @@ def check_trains_by_batches(strategy: Any) -> None:
 
 def evaluation_batches(strategy: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches (x, y, ids) of D_e with the transforms of evaluation."""
-    for batch in DataLoader(strategy.experience.dataset.eval(), batch_size=EMBED_BATCH):
-        if len(batch) != 4:
-            raise DataError(
-                f"items must be (x, y, id) and a task label, not {len(batch)} values: wrap the data in nnheads.with_ids"
-            )
+    dataset = strategy.experience.dataset
+    for batch in DataLoader(dataset.eval(), batch_size=EMBED_BATCH):
+        if not has_ids(dataset, len(batch)):
+            raise DataError(IDS_WANTED)
         yield batch[0], torch.as_tensor(batch[1]), torch.as_tensor(batch[2])
 
 
@@ -51,7 +51,8 @@ def with_batch_ids(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The ids of the batch for a strategy that calls its model with the images alone; other images have none."""
     batch = strategy.mbatch
-    if model.training and len(args) == 1 and "ids" not in given and len(batch) == 4 and args[0] is batch[0]:
+    own = model.training and len(args) == 1 and "ids" not in given and args[0] is batch[0]
+    if own and has_ids(strategy.experience.dataset, len(batch)):
         given = {**given, "ids": strategy.mbatch[2]}
     return args, given
 

@@ -46,9 +46,9 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
     trained. The budget holds at every moment.
 
     Works with any Avalanche strategy whose model is a `HeadedModel` with a head that votes with Gaussian kernels
-    (impostor, nngk) and whose items are ``(x, y, id)``, ``x`` an input of the model or a raw uint8 image: plain ones,
-    Replay, EWC, SI, LwF, GEM and the like, but not ER-ACE, DER and GDumb. Where the strategy calls the model with the
-    batch and no ids, the plugin hands it those of the batch.
+    (impostor, nngk) and whose items are ``(x, y, id)``, or ``(x, y, id, t)`` with a task label, ``x`` an input of the
+    model or a raw uint8 image: plain ones, Replay, EWC, SI, LwF, GEM and the like, but not ER-ACE, DER and GDumb. Where
+    the strategy calls the model with the batch and no ids, the plugin hands it those of the batch.
 
     Args:
         n_t: epochs before the update.

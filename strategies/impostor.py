@@ -28,8 +28,8 @@ from nnheads.strategies.replay_learner import ReplayLearner
 class ImpostorContinual(ReplayStrategy):
     """`ReplayStrategy` whose exemplars are the centers, exchanged by Algorithm 1 (see `CenterPlugin`).
 
-    Works on any Avalanche benchmark whose items are ``(x, y, id)`` with raw uint8 images, and with any head that votes
-    with Gaussian kernels (impostor, nngk).
+    Works on any Avalanche benchmark whose items are ``(x, y, id)``, or ``(x, y, id, t)`` with a task label, with raw
+    uint8 images, and with any head that votes with Gaussian kernels (impostor, nngk).
 
     Args:
         model: of `nnheads.attach_head`.

@@ -32,6 +32,7 @@ from nnheads.headed import HeadedModel
 from nnheads.heads.base import Head
 from nnheads.heads.memory_head import MemoryHead
 from nnheads.strategies.buffer import ExemplarBuffer
+from nnheads.strategies.items import IDS_WANTED, has_ids
 from nnheads.strategies.plugins import check_sees_no_outputs, silent_evaluator
 from nnheads.strategies.refill import EMBED_BATCH, check_finite, refill
 from nnheads.strategies.replay_loader import OfOneTask, ReplayLoader
@@ -49,13 +50,15 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
     not hold leave before the first. After each experience the memory is filled anew with
     exactly the buffer's samples, embedded in evaluation mode.
 
-    Works on any Avalanche benchmark whose items are ``(x, y, id)`` with raw uint8 images; an id stands for one sample
-    of the whole stream, not of an experience. Metrics, loggers, ``eval_every`` and Avalanche's plugins that look at
-    weights, losses and metrics work as usual (SynapticIntelligence, LRScheduler, EarlyStopping), and so do plugins of
-    your own that need no more. In training ``mb_output`` is the embeddings, or with an evaluator that has metrics the
-    head's output without a gradient, computed a second time, which changes nothing of what is learned. So plugins that
-    build a loss on it, give the model the images of ``adapted_dataset`` or replay (LwF, EWC, MAS, RWalk, GEM, A-GEM,
-    Replay and the like) cannot work and are refused.
+    Works on any Avalanche benchmark whose items are ``(x, y, id)``, or ``(x, y, id, t)`` with a task label, with raw
+    uint8 images; an id stands for one sample of the whole stream, not of an experience.
+
+    Metrics, loggers, ``eval_every`` and Avalanche's plugins that look at weights, losses and metrics work as usual
+    (SynapticIntelligence, LRScheduler, EarlyStopping), and so do plugins of your own that need no more. In training
+    ``mb_output`` is the embeddings, or with an evaluator that has metrics the head's output without a gradient,
+    computed a second time, which changes nothing of what is learned. So plugins that build a loss on it, give the
+    model the images of ``adapted_dataset`` or replay (LwF, EWC, MAS, RWalk, GEM, A-GEM, Replay and the like) cannot
+    work and are refused.
 
     Args:
         model: backbone and head; the head has room for all classes, or widens as they come.
@@ -175,11 +178,9 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
     def make_train_dataloader(self, **kwargs: Any) -> None:
         """Images into memory, batches augmented and normalised as a whole."""
         self._data = data = materialize(self.adapted_dataset, self.buffer.class_names)
-        if data.tasks is None or len(data.ids.unique()) < len(data):
-            raise DataError(
-                "items of a benchmark must be (x, y, id), each sample with an id of its own: wrap the data of the "
-                "whole stream in nnheads.with_ids before it is split"
-            )
+        identified = has_ids(self.adapted_dataset, len(self.adapted_dataset[0]))
+        if not identified or len(data.ids.unique()) < len(data):
+            raise DataError(IDS_WANTED)
         # Here, as the optimizer and the averaged weights take up what is new right after it.
         most = int(data.labels.max()) + 1
         if most > self.head.num_classes:

@@ -54,15 +54,19 @@ def points(n: int, first_id: int, classes: tuple[int, ...] = (0, 1, 2), gap: flo
     return Points(x, y, torch.arange(first_id, first_id + n))
 
 
-def benchmark_of(parts: list[Any]) -> Any:
+def benchmark_of(parts: list[Any], task_labels: bool = True) -> Any:
     import_avalanche()
     from avalanche.benchmarks.scenarios.dataset_scenario import benchmark_from_datasets
     from avalanche.benchmarks.scenarios.supervised import with_classes_timeline
     from avalanche.benchmarks.scenarios.task_aware import with_task_labels
+    from avalanche.benchmarks.utils import as_classification_dataset
     from avalanche.benchmarks.utils.classification_dataset import TaskAwareSupervisedClassificationDataset
     from avalanche.benchmarks.utils.data_attribute import DataAttribute, TaskLabels
     from avalanche.benchmarks.utils.flat_data import ConstantSequence
 
+    if not task_labels:
+        plain = [as_classification_dataset(part) for part in parts]
+        return with_classes_timeline(benchmark_from_datasets(train=plain, test=plain))
     datasets = [
         TaskAwareSupervisedClassificationDataset(
             [part],
@@ -253,7 +257,8 @@ def test_naive_learns_classes_that_arrive_within_the_budget(monkeypatch: pytest.
     assert float(right) > 0.8
 
 
-def test_ids_of_the_batch_reach_the_head_without_the_strategy_knowing() -> None:
+@pytest.mark.parametrize("task_labels", [True, False])
+def test_ids_of_the_batch_reach_the_head_without_the_strategy_knowing(task_labels: bool) -> None:
     """Otherwise each center is its own nearest neighbour and the head warns, which is an error in this suite."""
     import_avalanche()
     from nnheads.strategies.center_plugin import CenterPlugin
@@ -268,7 +273,8 @@ def test_ids_of_the_batch_reach_the_head_without_the_strategy_knowing() -> None:
         return original(z, ids=ids)
 
     model.head.forward = record  # type: ignore[method-assign]
-    learn(naive(model, CenterPlugin(budget=12)), benchmark_of([points(20, 7)]).train_stream[0])
+    learn(naive(model, CenterPlugin(budget=12)), benchmark_of([points(20, 7)], task_labels).train_stream[0])
+    assert set(model.head.memory.ids[:12].tolist()) <= set(range(7, 27))
     assert seen
     assert all(ids is not None for ids in seen)
     assert sorted(torch.cat([ids for ids in seen if ids is not None]).tolist()) == list(range(7, 27))

@@ -204,6 +204,45 @@ def test_samples_need_ids_of_their_own() -> None:
         train(strategy, repeated, 1)
 
 
+def test_a_benchmark_without_task_labels_is_learned() -> None:
+    """As Avalanche's `class_incremental_benchmark` makes it, whose items are (x, y, id); to the same exemplars."""
+    import_avalanche()
+    from avalanche.benchmarks import class_incremental_benchmark
+    from avalanche.benchmarks.utils import as_classification_dataset
+
+    stream = make_stream("split-digits", seed=0).thinned(0.1)
+    found = []
+    # Avalanche gives task labels to what it wraps itself.
+    for data, values in ((as_classification_dataset(stream.train), 3), (stream.train, 4)):
+        benchmark = class_incremental_benchmark({"train": data}, num_experiences=5, seed=0)
+        assert len(benchmark.train_stream[0].dataset[0]) == values
+        strategy = replay_of(stream)
+        for e in (0, 1):
+            train(strategy, benchmark, e)
+        memory = strategy.head.memory
+        assert sorted(memory.ids[: len(memory)].tolist()) == sorted(strategy.buffer.ids.tolist())
+        found.append((strategy.buffer.ids, strategy.model.backbone.conv1.weight))
+    assert len(found[0][0].unique()) == 40
+    assert all(torch.equal(*both) for both in zip(*found, strict=True))
+    parts = {"train": as_classification_dataset(_Without(stream.train))}
+    with pytest.raises(DataError, match="each sample with an id of its own"):
+        train(replay_of(stream), class_incremental_benchmark(parts, num_experiences=5, seed=0), 0)
+
+
+class _Without(torch.utils.data.Dataset[Any]):
+    """Images and labels of an image set, without ids."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+        self.targets = data.targets
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.data[i][:2]
+
+
 def test_fine_tuning_passes_are_counted_and_see_the_exemplars_only() -> None:
     learner = learner_of(small_stream(), fine_tune=2)
     strategy = learner.strategy
