@@ -46,6 +46,13 @@ def prepared(model: HeadedModel, x: Tensor) -> Tensor:
     return model.preprocessing(x)
 
 
+def with_prepared_images(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Raw images as the backbone takes them, for strategies that call their model with those of a data set."""
+    if args and isinstance(model, HeadedModel) and isinstance(args[0], Tensor):
+        return prepared(model, args[0]), *args[1:]
+    return args
+
+
 def with_batch_ids(
     strategy: Any, model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

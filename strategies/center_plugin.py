@@ -25,6 +25,7 @@ from nnheads.strategies.center_data import (
     prepared,
     record_of,
     with_batch_ids,
+    with_prepared_images,
 )
 from nnheads.strategies.center_exchange import classes_of, drop_down_to, drop_in_turn, exchange_centers
 from nnheads.strategies.center_rules import CenterEvent, CenterRules
@@ -48,7 +49,9 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
     Works with any Avalanche strategy whose model is a `HeadedModel` with a head that votes with Gaussian kernels
     (impostor, nngk) and whose items are ``(x, y, id)``, or ``(x, y, id, t)`` with a task label, ``x`` an input of the
     model or a raw uint8 image: plain ones, Replay, EWC, SI, LwF, GEM and the like, but not ER-ACE, DER and GDumb. Where
-    the strategy calls the model with the batch and no ids, the plugin hands it those of the batch.
+    the strategy calls the model with the batch and no ids, the plugin hands it those of the batch. From the first
+    training on, the model itself prepares raw images by the preprocessing it has, in evaluation and for other plugins
+    too.
 
     Args:
         n_t: epochs before the update.
@@ -109,6 +112,7 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
         self.intake_first: bool | None = None
         self._buffer = buffer
         self._hook: RemovableHandle | None = None
+        self._prepares: HeadedModel | None = None  # the model that prepares raw images
         self._epochs = 0
 
     @property
@@ -132,7 +136,11 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
         check_trains_by_batches(strategy)
         if isinstance(strategy, ReplayStrategy) and self._buffer is not strategy.buffer:
             raise ConfigError("ReplayStrategy keeps the exemplars itself: give the plugin buffer=strategy.buffer")
-        headed_with_centers(strategy.model)
+        model = headed_with_centers(strategy.model)
+        if not isinstance(strategy, ReplayStrategy) and self._prepares is not model:
+            # For good: EWC looks at images after the plugin's last word, LwF in a copy, and evaluation between.
+            model.register_forward_pre_hook(with_prepared_images)
+            self._prepares = model
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Make room for new classes, and let samples come in where the strategy does not do so itself."""
@@ -140,7 +148,9 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
         model = headed_with_centers(strategy.model)
         if not isinstance(strategy, ReplayStrategy):
             self._hook = model.register_forward_pre_hook(
-                lambda module, args, given: with_batch_ids(strategy, module, args, given), with_kwargs=True
+                lambda module, args, given: with_batch_ids(strategy, module, args, given),
+                prepend=True,  # it knows the batch by the images that are not prepared yet
+                with_kwargs=True,
             )
         data = self._data(strategy)
         if self._buffer is None:

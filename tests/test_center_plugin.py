@@ -298,13 +298,7 @@ def image_model(**options: Any) -> HeadedModel:
 def test_kept_images_keep_every_center_fresh(options: dict[str, Any]) -> None:
     """With a moving backbone all centers are its embeddings; without images only those of the last experience are."""
     import_avalanche()
-    from avalanche.core import SupervisedPlugin
-
     from nnheads.strategies.center_plugin import CenterPlugin
-
-    class Normalise(SupervisedPlugin):  # type: ignore[misc]
-        def before_forward(self, strategy: Any, **kwargs: Any) -> None:
-            strategy.mbatch[0] = strategy.model.preprocessing(strategy.mbatch[0])
 
     parts = [images(20, 100 * c, (c,)) for c in range(3)]
     stale = {}
@@ -312,7 +306,6 @@ def test_kept_images_keep_every_center_fresh(options: dict[str, Any]) -> None:
         model = image_model(**options)
         plugin = CenterPlugin(budget=12, keep_images=keep)
         strategy = naive(model, plugin, lr=0.05)
-        strategy.plugins.append(Normalise())
         for experience in benchmark_of(parts).train_stream:
             learn(strategy, experience)
         memory = model.head.memory
@@ -330,6 +323,44 @@ def test_kept_images_keep_every_center_fresh(options: dict[str, Any]) -> None:
         assert not bool(off[held >= 200].any())
         assert plugin.buffer.bytes == len(plugin.buffer) * ((16 if keep else 0) + 32)
     assert stale == {True: set(), False: {0, 1}}
+
+
+@pytest.mark.filterwarnings("ignore:head 'impostor' trains without ids")  # the images that GEM has kept
+@pytest.mark.parametrize("name", ["Naive", "Replay", "EWC", "LwF", "GEM", "SynapticIntelligence"])
+def test_strategies_of_avalanche_learn_raw_images(name: str) -> None:
+    """To the same weights and centers as a model that is given prepared ones, and they are evaluated too."""
+    import_avalanche()
+    from avalanche.training import supervised
+
+    from nnheads.strategies.center_plugin import CenterPlugin
+    from nnheads.strategies.plugins import GEM
+
+    options: dict[str, dict[str, Any]] = {
+        "Replay": {"mem_size": 20},
+        "EWC": {"ewc_lambda": 1.0},
+        "LwF": {"alpha": 1.0, "temperature": 2.0},
+        "SynapticIntelligence": {"si_lambda": 1.0},
+    }
+    parts = [images(20, 100 * c, (c,)) for c in range(3)]
+    states = []
+    for raw in (True, False):
+        model = image_model()
+        assert model.preprocessing is not None
+        given: list[Any] = parts
+        if not raw:
+            given = [Points(model.preprocessing(part.images), part.labels, part.ids) for part in parts]
+        benchmark = benchmark_of(given)
+        kind = supervised.Naive if name == "GEM" else getattr(supervised, name)
+        strategy = naive(model, CenterPlugin(budget=12), lr=0.05, kind=kind, **options.get(name, {}))
+        if name == "GEM":
+            strategy.plugins.insert(0, GEM(5, 0.5))  # the solver of Avalanche's is a package of its own
+        torch.manual_seed(1)
+        for experience in benchmark.train_stream:
+            learn(strategy, experience)
+            with quiet_avalanche():
+                strategy.eval(benchmark.test_stream)
+        states.append(model.state_dict())
+    torch.testing.assert_close(states[0], states[1])
 
 
 def test_a_budget_in_bytes_counts_what_is_kept() -> None:
