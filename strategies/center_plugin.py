@@ -39,7 +39,8 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
 
     ``n_t`` epochs are trained; then, with the weights frozen, the n_d best predicted centers go, the n_a worst
     predicted samples of D_e become centers and at each change labels are redistributed by influence; ``n_f`` epochs of
-    fine-tuning follow. ``train_epochs`` of the strategy must be ``n_t + n_f``.
+    fine-tuning follow. ``train_epochs`` of the strategy must be ``n_t + n_f``. Where training is stopped before n_t
+    epochs, as Avalanche's EarlyStopping does, centers are exchanged then.
 
     Two things the algorithm leaves open. Samples come in before they are chosen, a random share by class, because a new
     class cannot be learned without centers: as they pass by where the strategy is a `ReplayStrategy`, else before the
@@ -182,16 +183,19 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
             self.update(strategy)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Embed the centers as the weights are now, and note how many there are."""
+        """Embed the centers as the weights are now, choose them if training was stopped before that, and note how many
+        there are."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        model = headed_with_centers(strategy.model)
+        stopped = self._epochs < self.n_t  # as EarlyStopping does it
+        if stopped:
+            self.update(strategy)
         if not isinstance(strategy, ReplayStrategy):
-            self._refresh(
-                strategy,
-                headed_with_centers(strategy.model),
-                self._embed(strategy, headed_with_centers(strategy.model)),
-            )
+            self._refresh(strategy, model, self._embed(strategy, model))
+        elif stopped:
+            strategy.fill(model)
         self._note(strategy, "end", torch.zeros(0).long(), torch.zeros(0).long(), 0.0)
 
     # ---- the algorithm -------------------------------------------------------------------------------------------

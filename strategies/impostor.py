@@ -35,8 +35,8 @@ class ImpostorContinual(ReplayStrategy):
         model: of `nnheads.attach_head`.
         buffer: the exemplars, which are the centers; its budget is the budget of both.
         options: see `ImpostorOptions`.
-        train_epochs: n_t, the epochs on an experience before its centers are chosen; ``options.fine_tune`` passes over
-            the exemplars follow.
+        train_epochs: n_t, the epochs on an experience before its centers are chosen, which a plugin may stop earlier;
+            ``options.fine_tune`` passes over the exemplars follow.
         plugins: further plugins; they are called after the strategy's own.
         settings: the other settings of `ReplayStrategy`.
 

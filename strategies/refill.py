@@ -70,7 +70,12 @@ def refill(
     # What such a head learned for each sample would be lost if the rows were written anew.
     keep = isinstance(head, NNGKHead | KernelHead)
     moved, labels = soft_labels(head)
-    if not keep:
+    if keep:
+        held = memory.ids[: len(memory)]
+        gone = held[~torch.isin(held, ids)]
+        if len(gone):  # an earlier state was loaded while training, as EarlyStopping does
+            head.drop(gone)
+    else:
         memory.clear()
     training = model.training
     model.eval()

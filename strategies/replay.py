@@ -300,7 +300,6 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
             self.average = WeightAverage(self.model, self.ema)
 
     def _after_training_exp(self, **kwargs: Any) -> None:
-        self._data = self._codes = None
         self._features = torch.zeros(0)
         if self.average is not None:
             self.average.apply()
@@ -308,6 +307,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         distributed.average_statistics(self.model.backbone)
         self.fill(self.model)
         super()._after_training_exp(**kwargs)
+        self._data = self._codes = None  # plugins may still have looked at them
 
     @property
     def mb_ids(self) -> Tensor:

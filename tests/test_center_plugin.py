@@ -257,6 +257,39 @@ def test_naive_learns_classes_that_arrive_within_the_budget(monkeypatch: pytest.
     assert float(right) > 0.8
 
 
+def test_centers_are_exchanged_where_training_is_stopped_before() -> None:
+    """Once an experience, by the weights at its end, also where no epoch was trained."""
+    import_avalanche()
+    from avalanche.core import SupervisedPlugin
+
+    from nnheads.strategies.center_plugin import CenterPlugin
+
+    class Stop(SupervisedPlugin):  # type: ignore[misc]
+        after = 0
+
+        def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            if strategy.clock.train_exp_epochs == self.after:
+                strategy.stop_training()
+
+    model, stop = model_of("tied"), Stop()
+    plugin = CenterPlugin(n_t=2, n_f=1, budget=15)
+    strategy = naive(model, plugin, epochs=3, lr=0.01)
+    strategy.plugins.append(stop)
+    parts = [points(30, 100 * c, (c,), gap=3.0) for c in range(3)]
+    for after, experience in zip((1, 2, 0), benchmark_of(parts).train_stream, strict=True):
+        stop.after = after  # the second is stopped before its fine-tuning
+        learn(strategy, experience)
+        moments = [event.moment for event in plugin.history if event.experience == experience.current_experience]
+        assert moments[-2:] == ["update", "end"]
+        assert moments.count("update") == 1
+        held = model.head.memory.ids[: len(model.head.memory)]
+        assert sorted(held.tolist()) == sorted(plugin.buffer.ids.tolist())
+        with torch.no_grad():
+            z = model.eval().features(parts[experience.current_experience].x)
+        own = held // 100 == experience.current_experience
+        torch.testing.assert_close(model.head.memory.keys[: len(held)][own], z[held[own] % 100])
+
+
 @pytest.mark.parametrize("task_labels", [True, False])
 def test_ids_of_the_batch_reach_the_head_without_the_strategy_knowing(task_labels: bool) -> None:
     """Otherwise each center is its own nearest neighbour and the head warns, which is an error in this suite."""

@@ -115,6 +115,50 @@ def test_the_budget_holds_at_every_step_and_centers_are_the_exemplars(options: d
     assert sum(learner.history[-1].centers.values()) == 18
 
 
+@pytest.mark.parametrize("head", ["impostor", "nngk"])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_early_stopping_leaves_the_exchange_of_centers(head: str, ema: float | None) -> None:
+    import_avalanche()
+    from avalanche.core import SupervisedPlugin
+
+    from nnheads.attach import attach_head
+    from nnheads.strategies import ExemplarBuffer, ImpostorContinual
+
+    class Stop(SupervisedPlugin):  # type: ignore[misc]
+        """After an epoch, and with the weights and centers from before it or within, as EarlyStopping may."""
+
+        def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+            if strategy.clock.train_exp_iterations == 1:
+                self.state = {name: value.clone() for name, value in strategy.model.state_dict().items()}
+
+        def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            if strategy.clock.train_exp_epochs == 1:
+                strategy.model.load_state_dict(self.state)
+                strategy.stop_training()
+
+    stream = small_stream()
+    setup = setup_of(stream)
+    model = attach_head(setup.backbone, head, num_classes=10, preprocessing=stream.preprocessing)
+    strategy = ImpostorContinual(
+        model=model,
+        buffer=ExemplarBuffer(18, (1, 8, 8)),
+        options=ImpostorOptions(choose="worst", drop="best"),
+        learning_rate=0.05,
+        train_epochs=4,
+        train_mb_size=16,
+        ema=ema,
+        plugins=[Stop()],
+    )
+    for e in range(2):
+        train(strategy, stream.benchmark, e)
+        assert strategy.clock.train_exp_iterations == 4
+        assert [event.moment for event in strategy.centers.history][-2:] == ["update", "end"]
+        held = model.head.memory.ids[: len(model.head.memory)]
+        assert sorted(held.tolist()) == sorted(strategy.buffer.ids.tolist())
+    assert len(strategy.buffer) == 16  # four classes share 18
+    assert sum(event.moment == "update" for event in strategy.centers.history) == 2
+
+
 def test_redistributed_labels_reach_the_model_that_answers() -> None:
     for ema in (None, 0.9):
         learner = learner_of(small_stream(), redistribute="influence", ema=ema)
