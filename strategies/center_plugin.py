@@ -29,6 +29,7 @@ from nnheads.strategies.center_data import (
 )
 from nnheads.strategies.center_exchange import classes_of, drop_down_to, drop_in_turn, exchange_centers
 from nnheads.strategies.center_rules import CenterEvent, CenterRules
+from nnheads.strategies.items import check_classes_are_apart
 from nnheads.strategies.refill import EMBED_BATCH, embed_batches, refill, set_soft_labels, soft_labels
 from nnheads.strategies.replay import ReplayStrategy
 
@@ -135,6 +136,7 @@ class CenterPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is not 
                 "are updated after n_t epochs"
             )
         check_trains_by_batches(strategy)
+        check_classes_are_apart(strategy.experience)
         if isinstance(strategy, ReplayStrategy) and self._buffer is not strategy.buffer:
             raise ConfigError("ReplayStrategy keeps the exemplars itself: give the plugin buffer=strategy.buffer")
         model = headed_with_centers(strategy.model)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from nnheads.errors import DataError
+
 IDS_WANTED: Final = (
     "items of a benchmark must be (x, y, id), or (x, y, id, t) with a task label, each sample with an id of its own: "
     "wrap the data of the whole stream in nnheads.with_ids before it is split"
@@ -22,3 +24,14 @@ def has_ids(dataset: Any, values: int) -> bool:
         values: of one of its items, or of a batch.
     """
     return values == (4 if hasattr(dataset, "targets_task_labels") else 3)
+
+
+def check_classes_are_apart(experience: Any) -> None:
+    """DataError where a benchmark numbers the classes of each experience from 0: one head has all classes of a stream,
+    and task labels are not looked at."""
+    # Not `benchmark`, which raises where an experience belongs to none.
+    if getattr(getattr(experience, "_benchmark", None), "class_ids_from_zero_in_each_exp", False):
+        raise DataError(
+            "the benchmark numbers the classes of each experience from 0, and a head takes equal labels for one class "
+            "whatever the task label: make it without class_ids_from_zero_in_each_exp"
+        )

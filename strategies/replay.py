@@ -32,7 +32,7 @@ from nnheads.headed import HeadedModel
 from nnheads.heads.base import Head
 from nnheads.heads.memory_head import MemoryHead
 from nnheads.strategies.buffer import ExemplarBuffer
-from nnheads.strategies.items import IDS_WANTED, has_ids
+from nnheads.strategies.items import IDS_WANTED, check_classes_are_apart, has_ids
 from nnheads.strategies.plugins import check_sees_no_outputs, silent_evaluator
 from nnheads.strategies.refill import EMBED_BATCH, check_finite, refill
 from nnheads.strategies.replay_loader import OfOneTask, ReplayLoader
@@ -51,7 +51,8 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
     exactly the buffer's samples, embedded in evaluation mode.
 
     Works on any Avalanche benchmark whose items are ``(x, y, id)``, or ``(x, y, id, t)`` with a task label, with raw
-    uint8 images; an id stands for one sample of the whole stream, not of an experience.
+    uint8 images; an id stands for one sample of the whole stream, not of an experience. Task labels are not looked at:
+    one head has all classes, so equal labels are one class whatever the task.
 
     Metrics, loggers, ``eval_every`` and Avalanche's plugins that look at weights, losses and metrics work as usual
     (SynapticIntelligence, LRScheduler, EarlyStopping), and so do plugins of your own that need no more. In training
@@ -177,6 +178,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
 
     def make_train_dataloader(self, **kwargs: Any) -> None:
         """Images into memory, batches augmented and normalised as a whole."""
+        check_classes_are_apart(self.experience)
         self._data = data = materialize(self.adapted_dataset, self.buffer.class_names)
         identified = has_ids(self.adapted_dataset, len(self.adapted_dataset[0]))
         if not identified or len(data.ids.unique()) < len(data):

@@ -273,6 +273,26 @@ def test_a_benchmark_without_task_labels_is_learned() -> None:
         train(replay_of(stream), class_incremental_benchmark(parts, num_experiences=5, seed=0), 0)
 
 
+def test_classes_that_are_numbered_by_task_are_refused() -> None:
+    """Class 0 of every task would become one class."""
+    import_avalanche()
+    from avalanche.benchmarks import nc_benchmark
+
+    from nnheads.strategies import CenterPlugin
+
+    stream = make_stream("split-digits", seed=0).thinned(0.1)
+    parts = {"train_dataset": stream.train, "test_dataset": stream.test, "n_experiences": 5, "task_labels": True}
+    by_task = nc_benchmark(**parts, class_ids_from_zero_in_each_exp=True)
+    for plugins in ([], [CenterPlugin(budget=40)]):
+        strategy = replay_of(stream, plugins=plugins)
+        with pytest.raises(DataError, match="make it without class_ids_from_zero_in_each_exp"):
+            train(strategy, by_task, 0)
+        assert not strategy.gradient_samples
+    strategy = replay_of(stream)
+    train(strategy, nc_benchmark(**parts), 1)
+    assert strategy.gradient_samples
+
+
 class _Without(torch.utils.data.Dataset[Any]):
     """Images and labels of an image set, without ids."""
 
