@@ -284,7 +284,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
 
     def optimizer_step(self) -> None:
         """A step of the weights, followed by the averaged ones."""
-        distributed.sum_gradients(self.model.backbone.parameters())
+        distributed.sum_gradients(distributed.sharing(self.model).parameters())
         super().optimizer_step()
         if self.average is not None:
             self.average.update()
@@ -306,7 +306,7 @@ class ReplayStrategy(SupervisedTemplate):  # type: ignore[misc]  # Avalanche is 
         if self.average is not None:
             self.average.apply()
             self.average = None
-        distributed.average_statistics(self.model.backbone)
+        distributed.average_statistics(distributed.sharing(self.model))
         self.fill(self.model)
         super()._after_training_exp(**kwargs)
         self._data = self._codes = None  # plugins may still have looked at them
