@@ -28,7 +28,7 @@ CONTESTS = [
     ),
     ("By default, 1,000 raw exemplars and a dense head:", "contest-split-cifar10/raw-exemplars", "-m1000"),
     (
-        "At a rate of 0.1, the bytes of 1,000 images (the second row drops exemplars at once):",
+        "At a rate of 0.1, the bytes of 1,000 images (the last row drops exemplars at once):",
         "contest-split-cifar10/rate-0.1",
         "-m1000",
     ),
@@ -109,6 +109,27 @@ def test_rates_tried_after_the_whole_stream_are_those_of_its_runs() -> None:
             share, rate = column.split(", ")
             where = folder if share == "two fifths" else f"{folder}-whole"
             assert shown == _accuracy(_run(where, f"{row['strategy']}+lr={rate}-m1000-s0")), (row, column)
+
+
+def test_more_seeds_are_those_of_their_runs() -> None:
+    rows = _table(
+        ROOT / "benchmarks" / "README.md",
+        "Two more seeds at a rate of 0.1, the bytes of 1,000 images:",
+        "| strategy | seed 3 | seed 4 |",
+    )
+    first = "contest-split-cifar10"
+    for row in rows:
+        name = row["strategy"]
+        more = [_run(f"{first}/more-seeds", f"{name}-m1000-s{seed}") for seed in (3, 4)]
+        assert [row["seed 3"], row["seed 4"]] == [_accuracy(run) for run in more], name
+        others = [
+            _run(first, f"{name}-m1000-s{seed}")
+            or _run(f"{first}/rate-0.1", f"{name.removesuffix('+lr=0.1')}-m1000-s{seed}")
+            for seed in SEEDS
+        ]
+        percents = [100 * run["accuracy"] for run in [*others, *more] if run is not None]
+        whole = f"{statistics.mean(percents):.1f} ± {statistics.stdev(percents):.1f}" if len(percents) == 5 else ""
+        assert row["mean of five"] == whole, name
 
 
 @pytest.mark.parametrize(
