@@ -46,7 +46,7 @@ MEASURES: Final = (
     "time_ratio",
 )
 """What is measured: ``seconds`` of training and evaluation, ``time_ratio`` over those of the reference with the same
-memory and seed."""
+memory and seed, where both were made on one kind of machine."""
 
 VALIDATION: Final = "validation"
 """Folder of the runs by which learning rates are chosen."""
@@ -196,9 +196,7 @@ def _row(
         measure: [run[measure] for run in runs.values()] for measure in MEASURES if measure in one
     }
     measured["seconds"] = [_seconds(run) for run in runs.values()]
-    measured["time_ratio"] = [
-        _seconds(run) / _seconds(reference[seed]) if seed in reference else None for seed, run in runs.items()
-    ]
+    measured["time_ratio"] = [_time_ratio(run, reference.get(seed)) for seed, run in runs.items()]
     curves = [
         [seen_accuracy(run["accuracy_matrix"], run["test_counts"], i) for i in range(len(run["accuracy_matrix"]))]
         for run in runs.values()
@@ -216,6 +214,17 @@ def _row(
             "spread": [point["spread"] for point in points if point],
         },
     }
+
+
+def _time_ratio(run: dict[str, Any], reference: dict[str, Any] | None) -> float | None:
+    """None where there is no reference, or it is not known to be of the same machine and the same torch."""
+    if reference is None or _made_on(run) != _made_on(reference) or run.get("processor") is None:
+        return None
+    return _seconds(run) / _seconds(reference)
+
+
+def _made_on(run: dict[str, Any]) -> tuple[Any, ...]:
+    return run.get("processor"), run.get("device"), run.get("versions", {}).get("torch")
 
 
 def _seconds(run: dict[str, Any]) -> float:

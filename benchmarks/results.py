@@ -112,6 +112,16 @@ def device_name(device: torch.device) -> str:
     return str(device)
 
 
+def processor_name() -> str:
+    """The CPU's model as the system names it, by which runs of one machine are told from those of another."""
+    try:
+        listed = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        listed = ""
+    named = (line.partition(":")[2].strip() for line in listed.splitlines() if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
 def _version(packages: Sequence[str]) -> str:
     for package in packages:
         try:

@@ -19,7 +19,7 @@ from nnheads.benchmarks.measures import (
     forward_transfer,
     seen_accuracy,
 )
-from nnheads.benchmarks.results import MODEL, RESULTS, check_out, device_name, versions, write_json
+from nnheads.benchmarks.results import MODEL, RESULTS, check_out, device_name, processor_name, versions, write_json
 from nnheads.benchmarks.run_setup import build_learner, load_stream
 from nnheads.benchmarks.tensorboard import RunLog, check_tensorboard
 from nnheads.errors import ConfigError
@@ -166,6 +166,7 @@ def run(
         "config": config.to_dict(),
         "versions": versions(),
         "device": device_name(device),
+        "processor": processor_name(),
     }
     results["processes"] = distributed.world_size()
     if target is not None:

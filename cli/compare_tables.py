@@ -83,7 +83,7 @@ def show_strategies(summary: dict[str, Any]) -> None:
         end = " (the end of those tried)" if rate in (min(tried), max(tried)) else ""
         screen.line(f"learning rate of {name}, chosen on held-out training images: {rate:g}{end}")
     _explain_spread(summary)
-    screen.line(f"time ratio: training and evaluation over those of {summary['reference']}")
+    screen.line(f"time ratio: training and evaluation over those of {summary['reference']} on the same kind of machine")
     if summary["finished"] < summary["runs"]:
         screen.line(f"{summary['finished']} of {summary['runs']} runs are finished: --resume makes the others")
 

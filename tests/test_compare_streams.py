@@ -58,6 +58,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
             "memory_bytes": 800,
             "train_seconds": 3.0 * slow + (config.memory == 60),
             "eval_seconds": 1.0 * slow,
+            "processor": "abacus",
+            "device": "cpu",
+            "versions": {"torch": "2"},
         }
 
     monkeypatch.setattr(nnheads.benchmarks.runner, "run", fake)
@@ -362,6 +365,14 @@ def test_means_spreads_and_ratios_by_hand(asked: list[RunConfig], tmp_path: Path
     seconds = by_name["avalanche-replay", 60]["seconds"]["mean"]  # and not those with a memory of 50
     ratio = by_name["replay+memory=60", None]["seconds"]["mean"] / seconds
     assert by_name["replay+memory=60", None]["time_ratio"]["mean"] == pytest.approx(ratio)
+    for name in ("processor", "device"):  # another machine took its own time, or one that is not known
+        path = tmp_path / "own" / "avalanche-replay-m60-s0.json"
+        held = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in held.items() if key != name}))
+        resumed = plan("avalanche-replay", "replay+memory=60", memory=(50, 60), seeds=(0,))
+        again = compare_streams(resumed, tmp_path / "own", resume=True)
+        assert [row["time_ratio"] for row in again["rows"] if row["name"] == "replay+memory=60"] == [None]
+        path.write_text(json.dumps(held))
     alone = summarize_streams(plan("naive", seeds=(0,)), stream_cells(plan("naive", seeds=(0,)), tmp_path))
     assert alone["rows"][0]["accuracy"]["spread"] is None
     assert alone["reference"] == "naive"
