@@ -196,3 +196,13 @@ def test_the_digits_row_is_that_of_its_runs() -> None:
     assert [row[f"seed {seed}"] for seed in SEEDS] == [
         _accuracy(_run("split-digits", f"impostor-seed{seed}")) for seed in SEEDS
     ]
+
+
+def test_the_runs_of_one_machine_are_those_shown() -> None:
+    rows = _table(ROOT / "benchmarks" / "README.md", "#### The machines", "| strategy | seed 0 |")
+    for row in rows:
+        runs = [_run("contest-split-cifar10/one-machine", f"{row['strategy']}-m1000-s{seed}") for seed in SEEDS]
+        assert [row[f"seed {seed}"] for seed in SEEDS] == [_accuracy(run) for run in runs], row
+        percents = [100 * run["accuracy"] for run in runs if run is not None]
+        whole = f"{statistics.mean(percents):.1f} ± {statistics.stdev(percents):.1f}" if len(percents) == 3 else ""
+        assert row["mean"] == whole
