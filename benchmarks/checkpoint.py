@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
@@ -60,10 +59,10 @@ def check_new(path: Path) -> None:
         raise ConfigError(f"--checkpoint {path} is a file: name a folder")
     if path.is_dir() and any(path.iterdir()):
         raise ConfigError(f"--checkpoint {path} holds something that is not a checkpoint: name another folder")
+    from nnheads.storage import folder_beside
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent):
-            pass
+        folder_beside(path).rmdir()
     except OSError as error:
         raise ConfigError(f"--checkpoint {path} cannot be written ({error.strerror}): name another folder") from None
 

@@ -53,17 +53,30 @@ class Evaluation:
     @property
     def ece(self) -> float:
         """Expected calibration error of the likeliest class, in 15 bins of equal width, 0 to 1."""
-        from torchmetrics.functional.classification import multiclass_calibration_error
-
-        wide = self._wide()
-        wide = F.pad(wide, (0, max(0, 2 - wide.shape[1])), value=-torch.inf)  # the metric takes no single class
-        probabilities = wide.exp().clamp_max(1)  # beyond 1 by rounding, the metric would take all of them for logits
-        return float(multiclass_calibration_error(probabilities, self.labels, wide.shape[1], n_bins=15, norm="l1"))
+        return calibration_error(self.log_probs, self.labels)
 
     def _wide(self) -> Tensor:
-        """The log-probabilities with a column for each label that occurs."""
-        missing = int(self.labels.max()) + 1 - self.log_probs.shape[1]
-        return F.pad(self.log_probs, (0, max(0, missing)), value=-torch.inf)
+        return _with_columns(self.log_probs, int(self.labels.max()) + 1)
+
+
+def calibration_error(log_probs: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error of the likeliest class, in bins of equal width, 0 to 1.
+
+    Args:
+        log_probs: (N, C) log-probabilities; where rounding puts a probability above 1, it counts as 1.
+        labels: (N,) int64, 0 or more; one that is no class of the C is never right.
+        bins: how many.
+    """
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    wide = _with_columns(log_probs, max(2, int(labels.max()) + 1))  # the metric takes no single class
+    probabilities = wide.exp().clamp_max(1)  # beyond 1 by rounding, the metric would take all of them for logits
+    return float(multiclass_calibration_error(probabilities, labels, wide.shape[1], n_bins=bins, norm="l1"))
+
+
+def _with_columns(log_probs: Tensor, classes: int) -> Tensor:
+    """Log-probabilities of so many classes at least; those that are not there are impossible."""
+    return F.pad(log_probs, (0, max(0, classes - log_probs.shape[1])), value=-torch.inf)
 
 
 def evaluate(

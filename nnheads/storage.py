@@ -34,7 +34,7 @@ def replacing(path: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
     """
     target = _to_replace(path, ours)
     try:
-        made = _folder_beside(target)
+        made = folder_beside(target)
         try:
             # mkdtemp lets only its owner in; the folder shall be as readable as any other.
             umask = os.umask(0)
@@ -61,7 +61,7 @@ def check_replaceable(path: Path, ours: Callable[[Path], bool]) -> None:
     """
     target = _to_replace(path, ours)
     try:
-        _folder_beside(target).rmdir()
+        folder_beside(target).rmdir()
     except OSError as error:
         raise _cannot_save(path, error) from error
 
@@ -74,7 +74,8 @@ def _to_replace(path: Path, ours: Callable[[Path], bool]) -> Path:
     return target
 
 
-def _folder_beside(target: Path) -> Path:
+def folder_beside(target: Path) -> Path:
+    """An empty folder in that of ``target``, which is made where it is missing; OSError where that cannot be."""
     target.parent.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
 

@@ -29,9 +29,6 @@ from nnheads.training_run import History, TrainingRun, fills_first, refreshes_af
 
 __all__ = ["Evaluation", "History", "Progress", "embed", "evaluate", "fit", "fit_gate", "resolve_device"]
 
-_REFRESH_EVERY = 4  # epochs, for heads whose centers do not follow by themselves: a twelfth of the cost of training
-_INTERRUPTED_SAMPLES = 4096  # enough for a vote, seconds to embed
-
 
 def fit(
     model: HeadedModel,
@@ -297,13 +294,15 @@ def _describe(model: HeadedModel, data: ImageSet) -> None:
     if model.preprocessing is None:
         model.preprocessing = preprocessing_of(data)
     known, named = model.class_names, data.class_names
-    if known is None and (len(named) == model.head.num_classes or (not numbered(named) and _fit(model, named))):
+    if known is None and (
+        len(named) == model.head.num_classes or (not numbered(named) and _has_room_for(model, named))
+    ):
         model.class_names = named
-    elif known is not None and not numbered(known) and named[: len(known)] == known and _fit(model, named):
+    elif known is not None and not numbered(known) and named[: len(known)] == known and _has_room_for(model, named):
         model.class_names = named  # classes that are new
 
 
-def _fit(model: HeadedModel, names: tuple[str, ...]) -> bool:
+def _has_room_for(model: HeadedModel, names: tuple[str, ...]) -> bool:
     return len(names) <= model.head.num_classes
 
 

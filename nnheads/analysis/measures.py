@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnheads.errors import ConfigError, ShapeError
+from nnheads.evaluation import calibration_error
 from nnheads.index import Metric, build_index
 
 
@@ -140,9 +141,7 @@ def calibration(log_probs: Tensor, labels: Tensor, bins: int = 15) -> Calibratio
         torch.zeros(bins, dtype=torch.float64).index_add_(0, place, values) / count
         for values in (confidence, (predicted == labels).double())
     ]
-    # Not torchmetrics' own error: it takes all probabilities for logits where one is above 1, and no single class.
-    gaps = (means[0] - means[1]).abs().nan_to_num()  # an empty bin has none
-    return Calibration(float((gaps * count).sum() / count.sum()), means[0], means[1], count)
+    return Calibration(calibration_error(log_probs.detach().cpu(), labels, bins), means[0], means[1], count)
 
 
 def embedding_neighbors(embeddings: Tensor, queries: Tensor, k: int, *, metric: Metric = "l1") -> Tensor:
